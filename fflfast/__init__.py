@@ -1,0 +1,40 @@
+"""fflfast: online mutual knowledge distillation for PyTorch.
+
+The operators live here; `fflfast.nn` has them as modules. `fflfast.models`, `fflfast.cohort`, `fflfast.methods`,
+`fflfast.training`, `fflfast.data` and `fflfast.compat` are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import functional, nn
+from .functional import distill_loss, fuse_features, kd_loss, kl_div_with_logits
+from .graph import DistillGraph
+from .ops.backends import backends, use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "DistillGraph",
+    "backends",
+    "distill_loss",
+    "functional",
+    "fuse_features",
+    "kd_loss",
+    "kl_div_with_logits",
+    "nn",
+    "use_backend",
+]
+
+_LAZY = ("cohort", "compat", "data", "methods", "models", "tasks", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,140 @@
+"""The command line: fflfast train | eval | export | plot.
+
+Exit codes: 0 done; 1 the run failed; 2 it could not start as asked, and nothing was written; 130 and 143 stopped by SIGINT
+or SIGTERM, with the run saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+__all__ = ["main"]
+
+_ABOUT = """\
+usage: fflfast COMMAND ...
+
+Online mutual knowledge distillation: sub-networks that teach each other.
+
+  train    train a cohort                        fflfast train --data digits --arch resnet20 --arch resnet20
+  eval     test a run or an exported file        fflfast eval RUN
+  export   write a run's networks as plain files fflfast export RUN
+  plot     draw a run's curves                   fflfast plot RUN
+
+fflfast COMMAND --help shows every flag. Exit codes: 0 done, 1 failed, 2 could not start (nothing written),
+130 and 143 stopped by SIGINT or SIGTERM with the run saved."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_ABOUT)
+        return 0
+    if arguments[0] == "--version":
+        import fflfast
+
+        print(fflfast.__version__)
+        return 0
+    command = _COMMANDS.get(arguments[0])
+    if command is None:
+        return _fail(f"unknown command {arguments[0]!r}; expected one of {', '.join(_COMMANDS)}", 2)
+    try:
+        import fflfast.training as training
+    except ImportError as error:
+        return _fail(f"{error.name or error} is not installed; training needs: pip install 'fflfast[train]'", 2)
+    from fflfast.data import DataError
+
+    try:
+        command(arguments[1:])
+    except training.ConfigError as error:
+        return _fail(str(error), 2)
+    except (training.TrainingError, training.CheckpointError, DataError) as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe is gone: nobody is left to tell
+        return 1
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fflfast: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from fflfast.training import ConfigError
+
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _train(argv: Sequence[str]) -> None:
+    from fflfast.training import train
+    from fflfast.training.config import parse_arguments
+
+    train(parse_arguments(argv))
+
+
+def _eval(argv: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from fflfast.training import evaluate
+    from fflfast.training.report import score_table
+
+    parser = _Parser(
+        prog="fflfast eval", description="Test accuracy of a run, a checkpoint, or an exported file.", allow_abbrev=False
+    )
+    parser.add_argument("path", help="folder of a run, checkpoint, exported .safetensors or .pt2")
+    parser.add_argument("--data", help="data set to test on (default: the one it was trained on)")
+    parser.add_argument("--data-dir", "--data_dir", help="folder of the data set (default for a run: where it was)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--weights", default="last", choices=("last", "best"), help="which weights of a run")
+    parser.add_argument("--limit-test", "--limit_test", type=int, help="test on this many images only")
+    parser.add_argument("--workers", type=int, default=0, help="threads that load images")
+    options = vars(parser.parse_args(argv))
+    path = options.pop("path")
+    scores = evaluate(path, **options)
+    rows = [(name, repr(100 * score.value), score) for name, score in scores.items()]
+    Console(highlight=False).print(score_table(str(path), "test accuracy", rows))
+
+
+def _export(argv: Sequence[str]) -> None:
+    from fflfast.training import export
+
+    parser = _Parser(
+        prog="fflfast export",
+        description="Write every sub-network of a run as a plain safetensors file and the fused model as a program.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", help="folder of a run, or a checkpoint")
+    parser.add_argument("--out", help="folder for the files (default: RUN/export)")
+    parser.add_argument("--weights", default="last", choices=("last", "best"), help="which weights of the run")
+    options = parser.parse_args(argv)
+    for path in export(options.run, options.out, weights=options.weights):
+        print(path)
+
+
+def _plot(argv: Sequence[str]) -> None:
+    from fflfast.training import plot
+
+    parser = _Parser(
+        prog="fflfast plot", description="Draw loss terms and test accuracies of runs.", allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", help="image file, .png, .svg or .pdf (default: RUN/curves.png)")
+    options = parser.parse_args(argv)
+    print(plot(options.runs, options.out))
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "export": _export,
+    "plot": _plot,
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,236 @@
+"""Cohort: N sub-networks that learn together. Learner: cohort + method, the one module that a trainer handles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Cohort", "CohortOutput", "Learner", "StepOutput", "StepState", "serial"]
+
+Result = TypeVar("Result")
+
+
+class CohortOutput(NamedTuple):
+    """What one forward of a cohort gives, one entry a sub-network.
+
+    Attributes:
+        logits: N tensors (B, K).
+        features: N feature maps (B, C_k, H_k, W_k), after the last activation, not detached; None for a network
+            without one.
+        trunk_features: the output of the shared trunk (B, C, H, W), or None without a trunk.
+        stages: N tuples of inner feature maps, empty for sub-networks that return none.
+    """
+
+    logits: tuple[Tensor, ...]
+    features: tuple[Tensor | None, ...]
+    trunk_features: Tensor | None
+    stages: tuple[tuple[Tensor, ...], ...]
+
+
+class StepOutput(NamedTuple):
+    """What one training step gives.
+
+    Attributes:
+        loss: the total, 0-dim, with a graph.
+        terms: (num_terms,), detached, named by ``learner.term_names``.
+        logits: by name, as the method's graph has them.
+    """
+
+    loss: Tensor
+    terms: Tensor
+    logits: dict[str, Tensor]
+
+
+class StepState:
+    """What changes from step to step, as 0-dim tensors that are updated in place and so may sit in a CUDA graph.
+
+    Attributes:
+        kl_weight: λ (ramp-up included), float32.
+        ce_weight: μ, float32.
+        temperature: T, float32.
+        learning_rate: float32.
+        step: int64, counted from 0.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        kl_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        temperature: float = 1.0,
+        learning_rate: float = 0.0,
+        step: int = 0,
+    ) -> None:
+        self.kl_weight = torch.tensor(kl_weight, dtype=torch.float32, device=device)
+        self.ce_weight = torch.tensor(ce_weight, dtype=torch.float32, device=device)
+        self.temperature = torch.tensor(temperature, dtype=torch.float32, device=device)
+        self.learning_rate = torch.tensor(learning_rate, dtype=torch.float32, device=device)
+        self.step = torch.tensor(step, dtype=torch.int64, device=device)
+
+
+def serial(thunks: Sequence[Callable[[], Result]]) -> list[Result]:
+    """The default runner of a cohort: one sub-network after the other."""
+    return [thunk() for thunk in thunks]
+
+
+class Cohort(nn.Module):
+    """N sub-networks, optionally on a shared trunk; each part runs exactly once a forward.
+
+    A sub-network is an `nn.Module` whose ``forward(x)`` returns ``(logits, feature_map)``, or
+    ``(logits, feature_map, stages)`` with a sequence of inner feature maps; feature_map may be None.
+
+    Args:
+        sub_networks: N ≥ 1 distinct modules; architectures may differ.
+        trunk: low layers that run once; the sub-networks get its output.
+
+    Attributes:
+        runner: called with N thunks, returns their N results in order. An execution plan replaces it.
+
+    Raises:
+        ValueError, TypeError: no sub-network, something that is not a module, or one module given twice.
+    """
+
+    def __init__(self, sub_networks: Sequence[nn.Module], trunk: nn.Module | None = None) -> None:
+        super().__init__()
+        networks = list(sub_networks)
+        if not networks:
+            raise ValueError("Cohort: expected at least one sub-network, got none")
+        parts = [*networks, *([] if trunk is None else [trunk])]
+        for k, part in enumerate(parts):
+            if not isinstance(part, nn.Module):
+                raise TypeError(f"Cohort: part {k} must be an nn.Module, got {type(part).__name__}")
+        if len({id(part) for part in parts}) != len(parts):
+            raise ValueError(
+                "Cohort: one module was given twice; sub-networks that learn from each other need own weights"
+            )
+        self.trunk = trunk
+        self.sub_networks = nn.ModuleList(networks)
+        self.runner: Callable[[Sequence[Callable[[], Any]]], list[Any]] = serial
+
+    def __len__(self) -> int:
+        return len(self.sub_networks)
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> CohortOutput:
+        """Run every part once.
+
+        Args:
+            x: images (B, C, H, W) for all sub-networks, or a sequence of N such tensors, one view a sub-network.
+                With a trunk, views are stacked and the trunk runs once on N·B images.
+
+        Raises:
+            ValueError: another number of views than sub-networks.
+            TypeError: a sub-network that does not return (logits, feature_map).
+        """
+        count = len(self.sub_networks)
+        views = None if isinstance(x, Tensor) else list(x)
+        if views is not None and len(views) != count:
+            raise ValueError(f"Cohort: expected {count} views, one a sub-network, got {len(views)}")
+        trunk_features: Tensor | None = None
+        inputs: Sequence[Tensor]
+        if self.trunk is not None:
+            trunk_features = self.trunk(x if views is None else torch.cat(views))
+            inputs = [trunk_features] * count if views is None else trunk_features.chunk(count)
+        else:
+            inputs = [x] * count if views is None else views  # type: ignore[list-item]
+        thunks = [_thunk(net, inputs[k], k) for k, net in enumerate(self.sub_networks)]
+        logits, features, stages = zip(*self.runner(thunks), strict=True)
+        return CohortOutput(logits, features, trunk_features, stages)
+
+    @property
+    def feature_channels(self) -> tuple[int | None, ...]:
+        """Channels C_k of each sub-network's feature map, None for a network without one.
+
+        Read from the sub-networks' attribute ``feature_channels`` where all have it, else from one evaluation of
+        a blank image, which leaves weights, buffers, mode and random state as they are.
+        """
+        if all(hasattr(net, "feature_channels") for net in self.sub_networks):
+            return tuple(net.feature_channels for net in self.sub_networks)  # type: ignore[misc]
+        return tuple(None if f is None else f.shape[1] for f in self._probe().features)
+
+    @torch.no_grad()
+    def _probe(self) -> CohortOutput:
+        first = next((m for m in self.modules() if isinstance(m, nn.Conv2d)), None)
+        like = next(self.parameters(), torch.empty(0))
+        channels = 3 if first is None else first.in_channels
+        modes = [(m, m.training) for m in self.modules()]
+        self.eval()
+        problem: Exception | None = None
+        try:
+            for size in (32, 64, 224, 299):
+                try:
+                    return self(torch.zeros(1, channels, size, size, dtype=like.dtype, device=like.device))
+                except (RuntimeError, ValueError, AssertionError) as error:
+                    problem = error
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        raise ValueError(
+            "Cohort: could not find the channels of the feature maps by a trial on a blank image; give each "
+            f"sub-network an int attribute feature_channels (the trial said: {problem})"
+        )
+
+
+def _thunk(net: nn.Module, x: Tensor, k: int) -> Callable[[], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
+    def run() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        out = net(x)
+        if not isinstance(out, tuple) or len(out) not in (2, 3) or not isinstance(out[0], Tensor):
+            raise TypeError(
+                f"Cohort: sub-network {k} ({type(net).__name__}) must return (logits, feature_map), got "
+                f"{type(out).__name__}; wrap it with fflfast.models.adapt"
+            )
+        return out[0], out[1], tuple(out[2]) if len(out) == 3 else ()
+
+    return run
+
+
+class Batch(Protocol):
+    """What a learner needs of a batch."""
+
+    @property
+    def images(self) -> Any: ...
+
+    @property
+    def target(self) -> Tensor: ...
+
+
+class Learner(nn.Module):
+    """A cohort and the method by which it learns: the one module to train, wrap, capture and save.
+
+    Args:
+        cohort: the sub-networks.
+        method: a `fflfast.methods.Method` built for this cohort.
+        label_smoothing: of the cross-entropy terms, in [0, 1].
+    """
+
+    def __init__(self, cohort: Cohort, method: nn.Module, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.cohort = cohort
+        self.method = method
+        self.label_smoothing = label_smoothing
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the entries of ``StepOutput.terms``."""
+        return self.method.term_names  # type: ignore[return-value]
+
+    def forward(self, batch: Batch, state: StepState | None = None) -> StepOutput:
+        """Loss, terms and logits of one batch.
+
+        Args:
+            batch: has ``images``, (B, C, H, W) or a sequence of N views, and ``target``, class indices int64 (B,)
+                or probabilities (B, K).
+            state: T, λ and μ of this step; None takes the method's options, without ramp-up.
+        """
+        output = self.cohort(batch.images)
+        return self.method(output, batch.target, state, label_smoothing=self.label_smoothing)
+
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits (B, K) by name: each sub-network, their mean ensemble, and what the method adds.
+
+        Call it in eval mode and without gradients for predictions; it changes neither itself.
+        """
+        return self.method.predict(self.cohort(images))  # type: ignore[operator]

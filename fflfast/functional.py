@@ -1,0 +1,312 @@
+"""The losses and the fusion as functions: tensors in, tensors out.
+
+Everything a caller can get wrong is checked here, on what the host can see without synchronising; the operators
+behind it may rely on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .graph import DistillGraph
+from .ops import distill_loss as _op
+from .ops.fuse_features import FusionOutput, FusionStatistics, NormParams, fuse_features
+from .ops.reference import accumulation_dtype
+
+__all__ = [
+    "DistillLossOutput",
+    "FusionOutput",
+    "FusionStatistics",
+    "NormParams",
+    "distill_loss",
+    "fuse_features",
+    "kd_loss",
+    "kl_div_with_logits",
+]
+
+Scalar = float | Tensor
+
+
+class DistillLossOutput(NamedTuple):
+    """What `distill_loss` returns.
+
+    Attributes:
+        loss: 0-dim, or one value a row (...) for reduction none; float32 (float64 for float64 logits).
+        terms: (num_terms,), detached, in the order of ``graph.term_names``: each plain CE and each T²·KL without
+            any weight, a mean over the counted rows (reductions none and mean) or a sum (reduction sum).
+    """
+
+    loss: Tensor
+    terms: Tensor
+
+
+def distill_loss(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    graph: DistillGraph,
+    *,
+    temperature: Scalar = 1.0,
+    kl_weight: Scalar = 1.0,
+    ce_weight: Scalar = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    target_eps: float = 0.0,
+    reduction: str = "mean",
+) -> DistillLossOutput:
+    """Cross-entropy and distillation of a whole cohort in one operator.
+
+    L = μ · Σ_i ce_i · CE(z_i, y)  +  λ · Σ_e w_e · T² · KL( softmax(u_t(e)/T) ‖ softmax(z_s(e)/T) )
+
+    over the edges e of `graph` (T² keeps the gradient's size, Hinton et al. 2015; the graphs: `DistillGraph`).
+
+    Args:
+        logits: M tensors of one shape (..., C) on one device, floating point, in the graph's order. Mixed dtypes
+            are promoted to the widest. Those without requires_grad get no gradient. −inf masks a class.
+        target: class indices, int64 of shape (...), or probabilities of shape (..., C), or None where the graph
+            has no CE term.
+        graph: who teaches whom.
+        temperature: T > 0. Like λ and μ a number or a 0-dim tensor, on the CPU or on the logits' device.
+        kl_weight: λ; a weight of zero removes its terms even where they are infinite.
+        ce_weight: μ, likewise.
+        label_smoothing: in [0, 1], as in `torch.nn.functional.cross_entropy`.
+        ignore_index: rows with this class index add to no term and are not counted.
+        target_eps: added to the teacher's probabilities without renormalising (the original FFL code has 1e-7).
+        reduction: none = per row; mean or batchmean = sum over rows ÷ counted rows, 0 if none is; sum.
+
+    Returns:
+        DistillLossOutput(loss, terms).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, counts or values that do not fit. A class index out of
+            range raises on the CPU; elsewhere it makes that row's loss and gradients NaN.
+        RuntimeError: when differentiated twice.
+
+    Example:
+        >>> graph = DistillGraph.ffl(2)
+        >>> z = [torch.randn(8, 10, requires_grad=True) for _ in range(3)]  # sub0, sub1, fused
+        >>> loss, terms = distill_loss(z, torch.randint(10, (8,)), graph, temperature=3.0, kl_weight=0.5)
+        >>> loss.backward()
+    """
+    logits = _checked_logits("distill_loss", logits, graph)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"distill_loss: ignore_index must be an int, got {ignore_index!r}")
+    target = _checked_target("distill_loss", target, logits[0], graph, ignore_index)
+    label_smoothing = _in_range("distill_loss", "label_smoothing", label_smoothing, 0.0, 1.0)
+    target_eps = _in_range("distill_loss", "target_eps", target_eps, 0.0, math.inf)
+    if reduction not in ("none", "mean", "batchmean", "sum"):
+        raise ValueError(f"distill_loss: reduction must be none, mean, batchmean or sum, got {reduction!r}")
+    scalars = (
+        _scalar("temperature", temperature, logits[0], positive=True),
+        _scalar("kl_weight", kl_weight, logits[0]),
+        _scalar("ce_weight", ce_weight, logits[0]),
+    )
+    options = _op.LossOptions(
+        graph, label_smoothing, ignore_index, target_eps, "mean" if reduction == "batchmean" else reduction
+    )
+    return DistillLossOutput(*_op.distill_loss(logits, target, scalars, options))
+
+
+_KL_GRAPHS = {
+    detach: DistillGraph(2, (0.0, 0.0), (), ((1, 0, 1.0, detach),), ("student", "teacher")) for detach in (True, False)
+}
+_KD_GRAPH = DistillGraph.kd()
+
+
+def kl_div_with_logits(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Scalar = 1.0,
+    reduction: str = "batchmean",
+    detach_teacher: bool = True,
+) -> Tensor:
+    """T² · KL( softmax(teacher/T) ‖ softmax(student/T) ) from two logits tensors.
+
+    For 2-d input it equals ``F.kl_div(log_softmax(student/T), softmax(teacher/T), reduction=…) * T**2``.
+
+    Args:
+        student: logits (..., C); a row is one index of the leading dimensions.
+        teacher: logits of the same shape.
+        temperature: T > 0, a number or a 0-dim tensor.
+        reduction: none = per row, shape (...) (`F.kl_div` gives elements); mean = ÷ number of elements, as
+            `F.kl_div` has it; batchmean = ÷ number of rows; sum. An empty batch gives 0.
+        detach_teacher: whether the teacher gets no gradient.
+
+    Returns:
+        The divergence in float32 (float64 for float64 logits), 0-dim or (...).
+
+    Raises:
+        ValueError, TypeError: as `distill_loss`.
+    """
+    if reduction not in ("none", "mean", "batchmean", "sum"):
+        raise ValueError(f"kl_div_with_logits: reduction must be none, mean, batchmean or sum, got {reduction!r}")
+    loss = distill_loss(
+        (student, teacher), None, _KL_GRAPHS[bool(detach_teacher)], temperature=temperature, reduction=reduction
+    ).loss
+    return loss / student.shape[-1] if reduction == "mean" else loss
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    temperature: Scalar,
+    alpha: Scalar,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Knowledge distillation: (1−α)·CE(student, target) + α·T²·KL(teacher ‖ student), the teacher detached.
+
+    Hinton, Vinyals, Dean 2015, arXiv 1503.02531. Note that α weights the KL here.
+
+    Args:
+        student: logits (..., C).
+        teacher: logits of the same shape.
+        target: class indices int64 (...), or probabilities (..., C).
+        temperature: T > 0, a number or a 0-dim tensor.
+        alpha: α, a number or a 0-dim tensor.
+        label_smoothing, ignore_index, reduction: as `distill_loss`; ignored rows count in neither term.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits), 0-dim or (...).
+
+    Raises:
+        ValueError, TypeError: as `distill_loss`.
+    """
+    if isinstance(alpha, (bool, str)):
+        raise TypeError(f"kd_loss: alpha must be a number or a 0-dim tensor, got {alpha!r}")
+    return distill_loss(
+        (student, teacher),
+        target,
+        _KD_GRAPH,
+        temperature=temperature,
+        kl_weight=alpha,
+        ce_weight=1.0 - alpha,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    ).loss
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------
+
+
+def _checked_logits(op: str, logits: Sequence[Tensor], graph: DistillGraph) -> list[Tensor]:
+    if not isinstance(graph, DistillGraph):
+        raise TypeError(f"{op}: graph must be a DistillGraph, got {type(graph).__name__}; e.g. DistillGraph.ffl(2)")
+    if isinstance(logits, Tensor) or not isinstance(logits, Sequence):
+        raise TypeError(f"{op}: logits must be a sequence of {graph.num_logits} tensors, got {type(logits).__name__}")
+    if len(logits) != graph.num_logits:
+        raise ValueError(
+            f"{op}: the graph has {graph.num_logits} logits tensors ({', '.join(graph.logit_names)}), got {len(logits)}"
+        )
+    dtype: torch.dtype | None = None
+    for name, z in zip(graph.logit_names, logits, strict=True):
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
+            raise TypeError(f"{op}: logits {name!r} must be a floating-point tensor, got {kind}")
+        if z.dim() == 0 or z.shape[-1] == 0:
+            raise ValueError(f"{op}: logits {name!r} must have shape (..., C) with C ≥ 1, got {tuple(z.shape)}")
+        if z.shape != logits[0].shape:
+            raise ValueError(
+                f"{op}: all logits must have one shape, got {tuple(logits[0].shape)} for {graph.logit_names[0]!r} and "
+                f"{tuple(z.shape)} for {name!r}; slice or pad the classes before the call"
+            )
+        if z.device != logits[0].device:
+            raise ValueError(
+                f"{op}: all logits must be on one device, got {logits[0].device} and {z.device} ({name!r})"
+            )
+        dtype = z.dtype if dtype is None else torch.promote_types(dtype, z.dtype)
+    assert dtype is not None
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{op}: logits must be float16, bfloat16, float32 or float64, got {dtype}")
+    return [z.to(dtype) for z in logits]
+
+
+def _checked_target(
+    op: str, target: Tensor | None, like: Tensor, graph: DistillGraph, ignore_index: int
+) -> Tensor | None:
+    if target is None:
+        if graph.needs_target:
+            raise ValueError(f"{op}: the graph has cross-entropy terms, so target must be given, got None")
+        return None
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{op}: target must be a tensor or None, got {type(target).__name__}")
+    if target.device != like.device:
+        raise ValueError(f"{op}: target must be on the logits' device {like.device}, got {target.device}")
+    if target.is_floating_point():
+        if target.shape != like.shape:
+            raise ValueError(
+                f"{op}: target probabilities must have the logits' shape {tuple(like.shape)}, got "
+                f"{tuple(target.shape)}; class indices must be int64"
+            )
+        if target.requires_grad:
+            raise ValueError(f"{op}: target must not require grad; detach it, or make it a teacher with detach=False")
+        return target
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"{op}: target must hold class indices as int64 or probabilities as floats, got {target.dtype}; "
+            "call target.long()"
+        )
+    if target.shape != like.shape[:-1]:
+        raise ValueError(
+            f"{op}: class indices must have the shape {tuple(like.shape[:-1])} of the rows of logits "
+            f"{tuple(like.shape)}, got {tuple(target.shape)}"
+        )
+    if target.device.type == "cpu" and target.numel() and not _is_symbolic(target):
+        bad = (target != ignore_index) & ((target < 0) | (target >= like.shape[-1]))
+        if bool(bad.any()):
+            raise ValueError(
+                f"{op}: class indices must be in [0, {like.shape[-1]}) or ignore_index={ignore_index}, got "
+                f"{int(target[bad][0])}"
+            )
+    return target
+
+
+def _is_symbolic(tensor: Tensor) -> bool:
+    """Whether a tensor's values cannot be looked at: it is being traced, or has none."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def _in_range(op: str, name: str, value: float, low: float, high: float) -> float:
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be a finite number in [{low:g}, {high:g}], got {value}")
+    return float(value)
+
+
+def _scalar(name: str, value: Scalar, like: Tensor, *, positive: bool = False) -> Tensor:
+    """T, λ or μ as a 0-dim tensor in the accumulation dtype, where it is or on the CPU."""
+    dtype = accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(
+                f"distill_loss: {name} must be a number or a real 0-dim tensor, got {value.dtype} {tuple(value.shape)}"
+            )
+        if value.requires_grad:
+            raise ValueError(f"distill_loss: {name} must not require grad (it gets none); pass {name}.detach()")
+        if value.device.type != "cpu" and value.device != like.device:
+            raise ValueError(f"distill_loss: {name} must be on the CPU or on {like.device}, got {value.device}")
+        if value.device.type == "cpu" and not _is_symbolic(value):
+            _check_value(name, value.item(), positive)
+        return value.to(dtype)
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"distill_loss: {name} must be a number or a 0-dim tensor, got {value!r}")
+    _check_value(name, value, positive)
+    # Under compile any other way to make a tensor of a float recompiles at each new value.
+    return torch.ones((), dtype=dtype) * value
+
+
+def _check_value(name: str, value: float, positive: bool) -> None:
+    if positive and not value > 0:
+        raise ValueError(f"distill_loss: {name} must be greater than 0, got {value}")
+    if not (-math.inf < value < math.inf):
+        raise ValueError(f"distill_loss: {name} must be finite, got {value}")

@@ -1,0 +1,46 @@
+"""Methods of online distillation, one file each, all on one engine."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from .base import Method, MethodOptions
+from .dml import DML, DMLOptions
+from .ffl import FFL, FFLOptions
+from .single import Single
+
+__all__ = ["DML", "FFL", "DMLOptions", "FFLOptions", "Method", "MethodOptions", "Single", "available", "resolve"]
+
+_METHODS: dict[str, type[Method]] = {"ffl": FFL, "dml": DML, "single": Single}
+
+
+def available() -> tuple[str, ...]:
+    """Short names that `resolve` knows."""
+    return tuple(_METHODS)
+
+
+def resolve(name: str) -> type[Method]:
+    """The method class of a short name ("ffl") or of an import path ("package.module:Class").
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one), a module or class that cannot be imported, or a
+            class that is not a `Method`.
+    """
+    if name in _METHODS:
+        return _METHODS[name]
+    module_name, separator, class_name = name.partition(":")
+    if not separator:
+        close = difflib.get_close_matches(name.lower(), _METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"method: expected one of {', '.join(_METHODS)} or an import path 'package.module:Class', "
+            f"got {name!r}{hint}"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method: cannot import {name!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"method: {name!r} must be a subclass of fflfast.methods.Method, got {found!r}")
+    return found

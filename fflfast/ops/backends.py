@@ -1,0 +1,96 @@
+"""Which implementation of an operator runs: the registry, the forced choice and the report.
+
+An operator registers each of its implementations under a backend's name. ``auto`` takes the first backend, in
+the order of `NAMES`, that is available and takes the case; a forced one that does not take it says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["NAMES", "Implementation", "backends", "choose", "use_backend"]
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT_VARIABLE = "FFLFAST_BACKEND"
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fflfast_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How one backend computes one operator.
+
+    Attributes:
+        functions: the callables of the operator by role, e.g. ``{"forward": …, "backward": …}``.
+        refuses: called with what the operator was given; returns None when this backend takes the case, else
+            the reason in a few words.
+    """
+
+    functions: Mapping[str, Callable[..., Any]]
+    refuses: Callable[..., str | None]
+
+
+_missing = {
+    "cuda": "this version of fflfast has no CUDA kernels",
+    "triton": "this version of fflfast has no Triton kernels",
+    "cpu": "this version of fflfast has no native CPU kernels",
+}
+
+
+def backends() -> dict[str, str]:
+    """What is there, by name: ``"available"``, or the reason why a backend is not."""
+    return {name: _missing.get(name, "available") for name in NAMES}
+
+
+def _checked(name: str, origin: str) -> str:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{origin}: expected one of {', '.join(('auto', *NAMES))}, got {name!r}")
+    return name
+
+
+def forced_backend() -> str:
+    """The backend asked for by `use_backend`, else by the environment variable FFLFAST_BACKEND, else ``auto``."""
+    name = _forced.get()
+    return name if name else _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block: cuda, triton, cpu, reference, or auto for the normal choice.
+
+    Raises:
+        ValueError: an unknown name, or a backend that is not available here (with the reason).
+    """
+    _checked(name, "use_backend")
+    if name in _missing:
+        raise ValueError(f"use_backend: {name} is not available: {_missing[name]}; fflfast.backends() lists what is")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(operator: str, implementations: Mapping[str, Implementation], *case: Any) -> Implementation:
+    """The implementation of `operator` that takes `case`: the forced one, else the first in the order of `NAMES`.
+
+    Raises:
+        ValueError: the forced backend is missing or refuses the case (with the reason).
+    """
+    name = forced_backend()
+    if name != "auto":
+        if name not in implementations:
+            raise ValueError(f"{operator}: the forced backend {name} is not available: {_missing[name]}")
+        reason = implementations[name].refuses(*case)
+        if reason is not None:
+            raise ValueError(f"{operator}: the forced backend {name} cannot take this call: {reason}")
+        return implementations[name]
+    for name in NAMES:
+        if name in implementations and implementations[name].refuses(*case) is None:
+            return implementations[name]
+    raise ValueError(f"{operator}: no backend takes this call; fflfast.backends() lists what is there")

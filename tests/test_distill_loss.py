@@ -1,0 +1,365 @@
+"""distill_loss against independent evaluations: numbers, reductions, targets, masks, layouts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from truth import GRAPHS, assert_contract, plain_loss, random_logits, run
+
+from fflfast import DistillGraph, distill_loss, kd_loss, kl_div_with_logits
+
+FFL = GRAPHS["ffl2"]
+INF = math.inf
+
+pytestmark = pytest.mark.usefixtures("route")
+
+
+def target_for(graph, shape, seed=1):
+    if not graph.needs_target:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(shape[-1], shape[:-1], generator=generator)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_graph_meets_the_contract(name, dtype):
+    graph = GRAPHS[name]
+    logits = random_logits(graph.num_logits, (5, 11), dtype)
+    assert_contract(
+        distill_loss, logits, target_for(graph, (5, 11)), graph, temperature=3.0, kl_weight=0.3, ce_weight=0.7
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.7, 20.0])
+@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean", "sum"])
+@pytest.mark.parametrize("num_classes", [1, 2, 100, 1003])
+def test_temperatures_reductions_and_class_counts(temperature, reduction, num_classes):
+    logits = random_logits(3, (4, num_classes))
+    assert_contract(
+        distill_loss, logits, target_for(FFL, (4, num_classes)), FFL, temperature=temperature, reduction=reduction
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+@pytest.mark.parametrize("shift", [0.0, -1e4, 1e4])
+def test_extreme_logits(scale, shift):
+    logits = [z + shift for z in random_logits(3, (6, 50), scale=scale)]
+    assert_contract(distill_loss, logits, target_for(FFL, (6, 50)), FFL, temperature=3.0)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_label_smoothing_and_soft_targets(label_smoothing, soft):
+    logits = random_logits(3, (6, 9))
+    target = torch.rand(6, 9) * 2 if soft else target_for(FFL, (6, 9))
+    if soft:
+        target[0] = F.one_hot(torch.tensor(3), 9)
+    ours = run(distill_loss, logits, target, FFL, label_smoothing=label_smoothing, temperature=2.0)
+    plain = run(plain_loss, [z.double() for z in logits], target, FFL, label_smoothing=label_smoothing, temperature=2.0)
+    torch.testing.assert_close(ours[0].double(), plain[0], rtol=1e-6, atol=1e-6)
+    for g, p in zip(ours[2], plain[2], strict=True):
+        torch.testing.assert_close(g.double(), p, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_equals_cross_entropy_for_one_network(reduction, soft):
+    (z,) = random_logits(1, (7, 10), torch.float64)
+    target = torch.rand(7, 10, dtype=torch.float64) if soft else torch.tensor([1, 2, -100, 4, 9, 0, -100])
+    kwargs = {"label_smoothing": 0.2, "reduction": reduction}
+    loss, terms = distill_loss([z], target, GRAPHS["single"], **kwargs)
+    torch.testing.assert_close(loss, F.cross_entropy(z, target, **kwargs), rtol=1e-13, atol=0)
+    summed = "sum" if reduction == "sum" else "mean"
+    expected = F.cross_entropy(z, target, label_smoothing=0.2, reduction=summed)
+    torch.testing.assert_close(terms, expected[None], rtol=1e-13, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+def test_kl_div_with_logits_equals_kl_div(reduction):
+    s, t = random_logits(2, (5, 12), torch.float64)
+    expected = F.kl_div((s / 4).log_softmax(1), (t / 4).softmax(1), reduction=reduction) * 16
+    torch.testing.assert_close(
+        kl_div_with_logits(s, t, temperature=4.0, reduction=reduction), expected, rtol=1e-12, atol=0
+    )
+
+
+def test_kl_div_with_logits_none_is_one_value_a_row():
+    s, t = random_logits(2, (2, 3, 12), torch.float64)
+    expected = (F.kl_div((s / 4).log_softmax(-1), (t / 4).softmax(-1), reduction="none") * 16).sum(-1)
+    torch.testing.assert_close(
+        kl_div_with_logits(s, t, temperature=4.0, reduction="none"), expected, rtol=1e-12, atol=0
+    )
+    mean = kl_div_with_logits(s, t, temperature=4.0, reduction="mean")
+    torch.testing.assert_close(mean, expected.sum() / s.numel(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_kl_div_with_logits_detaches_the_teacher_on_request(detach):
+    s, t = (z.requires_grad_() for z in random_logits(2, (5, 12), torch.float64))
+    kl_div_with_logits(s, t, detach_teacher=detach).backward()
+    assert s.grad is not None
+    assert (t.grad is None) == detach or not t.grad.any()
+    if not detach:
+        assert torch.autograd.gradcheck(lambda a, b: kl_div_with_logits(a, b, detach_teacher=False), (s, t))
+
+
+def test_kd_loss_weighs_kl_by_alpha_and_ce_by_the_rest():
+    s, t = random_logits(2, (5, 12), torch.float64)
+    y = torch.tensor([0, 1, 2, 3, 11])
+    kl = F.kl_div((s / 4).log_softmax(1), (t / 4).softmax(1), reduction="batchmean") * 16
+    expected = 0.1 * F.cross_entropy(s, y) + 0.9 * kl
+    torch.testing.assert_close(kd_loss(s, t, y, temperature=4.0, alpha=0.9), expected, rtol=1e-12, atol=0)
+    as_tensor = kd_loss(s, t, y, temperature=torch.tensor(4.0), alpha=torch.tensor(0.9, dtype=torch.float64))
+    torch.testing.assert_close(as_tensor, expected, rtol=1e-12, atol=0)
+
+
+def test_target_eps_reproduces_the_original_formula():
+    logits = random_logits(3, (8, 100), torch.float64)
+    y = target_for(FFL, (8, 100))
+    got = run(distill_loss, logits, y, FFL, temperature=3.0, target_eps=1e-7)
+    expected = run(plain_loss, logits, y, FFL, temperature=3.0, target_eps=1e-7)
+    exact = run(plain_loss, logits, y, FFL, temperature=3.0)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-13, atol=0)
+    for g, e in zip(got[2], expected[2], strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-16)
+    assert (got[0] - exact[0]).abs() > 1e-7
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradcheck_with_trainable_teachers(reduction):
+    # Without detached teachers the numerical derivative is the whole one.
+    graph = DistillGraph(
+        3, (1, 0.5, 0), ((0.25, 0.5, 0.75),), ((2, 0, 0.7, False), (3, 1, 1.3, False), (0, 2, -0.4, False))
+    )
+    logits = [z.requires_grad_() for z in random_logits(3, (3, 4), torch.float64, scale=1.0)]
+    y = torch.tensor([0, -100, 3])
+
+    def loss(*z):
+        return distill_loss(
+            z, y, graph, temperature=1.7, label_smoothing=0.1, target_eps=0.01, reduction=reduction
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, logits)
+
+
+def test_what_is_detached_gets_no_gradient():
+    graph = DistillGraph(2, (0, 0), (), ((1, 0, 1.0),))
+    logits = [z.requires_grad_() for z in random_logits(2, (3, 5))]
+    distill_loss(logits, None, graph).loss.backward()
+    assert logits[0].grad.abs().max() > 0
+    assert not logits[1].grad.any()
+
+
+# ---- rows that do not count
+
+
+def test_ignored_rows_are_exact_zeros_whatever_they_hold():
+    logits = random_logits(3, (6, 8))
+    y = torch.tensor([1, -7, 3, -7, 0, 7])
+    clean = run(distill_loss, [z[y != -7] for z in logits], y[y != -7], FFL, temperature=3.0)
+    for z in logits:
+        z[1], z[3] = math.nan, -INF
+    for reduction in ("mean", "sum", "none"):
+        loss, terms, grads = run(distill_loss, logits, y, FFL, temperature=3.0, ignore_index=-7, reduction=reduction)
+        assert loss.isfinite().all()
+        assert terms.isfinite().all()
+        for g in grads:
+            assert (g[y == -7] == 0).all()
+            assert g.isfinite().all()
+        if reduction == "none":
+            assert (loss[y == -7] == 0).all()
+        if reduction == "mean":
+            torch.testing.assert_close(loss, clean[0])
+            torch.testing.assert_close(terms, clean[1])
+            torch.testing.assert_close(grads[0][y != -7], clean[2][0])
+
+
+def test_ignore_index_may_be_a_valid_class():
+    logits = random_logits(1, (4, 5), torch.float64)
+    y = torch.tensor([2, 2, 0, 4])
+    got = distill_loss(logits, y, GRAPHS["single"], ignore_index=2).loss
+    torch.testing.assert_close(got, F.cross_entropy(logits[0], y, ignore_index=2), rtol=1e-13, atol=0)
+
+
+def test_a_target_can_mask_rows_of_a_graph_without_ce():
+    s, t = random_logits(2, (4, 6), torch.float64)
+    graph = DistillGraph(2, (0, 0), (), ((1, 0, 1.0),))
+    got = distill_loss([s, t], torch.tensor([-100, 1, -100, 2]), graph).loss
+    kept = kl_div_with_logits(s[[1, 3]], t[[1, 3]])
+    torch.testing.assert_close(got, kept, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 5), (2, 0, 5)], ids=str)
+def test_no_counted_row_gives_zero_with_a_graph(reduction, shape):
+    logits = [z.requires_grad_() for z in random_logits(3, shape)]
+    y = torch.full(shape[:-1], -100)
+    loss, terms = distill_loss(logits, y, FFL, reduction=reduction)
+    assert (loss == 0).all()
+    assert (terms == 0).all()
+    loss.sum().backward()
+    for z in logits:
+        assert z.grad.shape == shape
+        assert not z.grad.any()
+
+
+# ---- masked logits
+
+
+def test_masked_classes_are_as_if_they_were_not_there():
+    keep = torch.tensor([0, 2, 3, 6])
+    logits = random_logits(3, (5, 7), torch.float64)
+    y = keep[torch.tensor([0, 1, 2, 3, 0])]
+    small = torch.tensor([0, 1, 2, 3, 0])
+    masked = [z.clone() for z in logits]
+    for z in masked:
+        z[:, [1, 4, 5]] = -INF
+    graph = GRAPHS["trainable"]
+    got = run(distill_loss, masked, y, graph, temperature=2.0)
+    expected = run(distill_loss, [z[:, keep].contiguous() for z in logits], small, graph, temperature=2.0)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-12, atol=0)
+    for g, e in zip(got[2], expected[2], strict=True):
+        assert (g[:, [1, 4, 5]] == 0).all()
+        torch.testing.assert_close(g[:, keep], e, rtol=1e-10, atol=1e-15)
+
+
+def test_mixture_skips_networks_with_zero_coefficient():
+    # 0·(−inf) would be NaN: the third tensor is masked and not part of the mixture.
+    graph = DistillGraph(3, (0, 0, 0), ((0.5, 0.5, 0.0),), ((3, 0, 1.0, False),))
+    logits = random_logits(3, (2, 4), torch.float64)
+    logits[2][:] = -INF
+    loss, _, grads = run(distill_loss, logits, None, graph)
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in grads)
+    assert not grads[2].any()
+
+
+def test_student_without_mass_where_the_teacher_has_some():
+    student, teacher = random_logits(2, (3, 4), torch.float64)
+    student[1, 2] = -INF
+    fixed, free = (DistillGraph(2, (0, 0), (), ((1, 0, 1.0, detach),)) for detach in (True, False))
+    loss, terms, grads = run(distill_loss, [student, teacher], None, fixed)
+    assert loss == INF
+    assert terms[0] == INF
+    assert grads[0].isfinite().all()
+    torch.testing.assert_close(grads[0][1], (student[1].softmax(0) - teacher[1].softmax(0)) / 3)
+    _, _, grads = run(distill_loss, [student, teacher], None, free)
+    assert grads[1][1].isnan().all()
+    assert grads[1][[0, 2]].isfinite().all()
+    rows = distill_loss([student, teacher], None, fixed, reduction="none").loss
+    assert rows[1] == INF
+    assert rows[[0, 2]].isfinite().all()
+
+
+def test_a_weight_of_zero_removes_an_infinite_term():
+    student, teacher = random_logits(2, (3, 4), torch.float64)
+    student[1, 2] = -INF
+    y = torch.tensor([0, 0, 0])
+    loss, _, grads = run(distill_loss, [student, teacher], y, DistillGraph.kd(), kl_weight=0.0)
+    torch.testing.assert_close(loss, F.cross_entropy(student, y))
+    assert grads[0].isfinite().all()
+
+
+def test_a_counted_row_that_is_all_masked_is_nan_and_alone():
+    logits = random_logits(3, (4, 6))
+    for z in logits:
+        z[2] = -INF
+    y = torch.tensor([0, 1, 2, 3])
+    loss, _, grads = run(distill_loss, logits, y, FFL, reduction="none")
+    assert loss[2].isnan()
+    assert loss[[0, 1, 3]].isfinite().all()
+    for g in grads:
+        assert g[2].isnan().all()
+        assert g[[0, 1, 3]].isfinite().all()
+
+
+def test_masked_target_class_gives_infinite_ce_and_finite_gradients():
+    (z,) = random_logits(1, (2, 4), torch.float64)
+    z[0, 1] = -INF
+    loss, _, (grad,) = run(distill_loss, [z], torch.tensor([1, 2]), GRAPHS["single"])
+    assert loss == INF
+    torch.testing.assert_close(grad, (z.softmax(1) - F.one_hot(torch.tensor([1, 2]), 4)) / 2)
+
+
+def test_soft_target_without_mass_on_a_masked_class():
+    (z,) = random_logits(1, (1, 4), torch.float64)
+    z[0, 1] = -INF
+    y = torch.tensor([[0.5, 0.0, 0.25, 0.25]], dtype=torch.float64)
+    loss = distill_loss([z], y, GRAPHS["single"]).loss
+    torch.testing.assert_close(loss, F.cross_entropy(z[:, [0, 2, 3]], y[:, [0, 2, 3]]))
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda z: z.t().contiguous().t(),
+        lambda z: torch.cat([z, z + 1], 1)[:, : z.shape[1]],
+        lambda z: torch.stack([z, z], -1)[..., 0],
+        lambda z: z.flip(0),
+        lambda z: z[:1].expand_as(z),
+    ],
+    ids=["class_dim_strided", "row_stride", "both_strided", "flipped", "expanded"],
+)
+def test_any_stride(layout):
+    logits = [layout(z) for z in random_logits(3, (6, 13), torch.float64)]
+    y = target_for(FFL, (6, 13))
+    got = run(distill_loss, logits, y, FFL, temperature=3.0)
+    expected = run(distill_loss, [z.contiguous() for z in logits], y, FFL, temperature=3.0)
+    for g, e in zip((got[0], got[1], *got[2]), (expected[0], expected[1], *expected[2]), strict=True):
+        assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 7), (2, 1, 3, 7)], ids=str)
+def test_any_leading_dimensions(shape):
+    logits = random_logits(3, shape, torch.float64)
+    y = target_for(FFL, shape)
+    got = run(distill_loss, logits, y, FFL, temperature=3.0, reduction="none")
+    flat = run(distill_loss, [z.reshape(-1, 7) for z in logits], y.reshape(-1), FFL, temperature=3.0, reduction="none")
+    assert got[0].shape == shape[:-1]
+    assert torch.equal(got[0].reshape(-1), flat[0])
+    assert torch.equal(got[2][0].reshape(-1, 7), flat[2][0])
+
+
+def test_mixed_dtypes_are_promoted_and_gradients_come_back_in_their_own():
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    logits = [z.to(d).requires_grad_() for z, d in zip(random_logits(3, (4, 9)), dtypes, strict=True)]
+    y = target_for(FFL, (4, 9))
+    loss = distill_loss(logits, y, FFL, temperature=3.0).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    wide = [z.detach().float().requires_grad_() for z in logits]
+    same = distill_loss(wide, y, FFL, temperature=3.0).loss
+    same.backward()
+    assert torch.equal(loss, same)
+    for z, w in zip(logits, wide, strict=True):
+        assert z.grad.dtype == z.dtype
+        assert torch.equal(z.grad, w.grad.to(z.dtype))
+
+
+def test_row_stride_beyond_int32():
+    # Two rows 2³¹ elements apart in memory that is never touched between them.
+    stride, num_classes = 2**31, 17
+    storage = torch.empty(stride + num_classes, dtype=torch.bfloat16)
+    far = storage.as_strided((2, num_classes), (stride, 1))
+    logits = random_logits(2, (2, num_classes), torch.bfloat16)
+    far.copy_(logits[0])
+    graph = DistillGraph.dml(2)
+    y = torch.tensor([3, 16])
+    leaf = far.detach().requires_grad_()
+    loss = distill_loss([leaf, logits[1]], y, graph).loss
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    expected = run(distill_loss, logits, y, graph)
+    assert torch.equal(loss.detach(), expected[0])
+    assert torch.equal(gradient, expected[2][0])
