@@ -1,7 +1,8 @@
 """fflfast: online mutual knowledge distillation for PyTorch.
 
-The operators live here; `fflfast.nn` has them as modules. `fflfast.models`, `fflfast.cohort`, `fflfast.methods`,
-`fflfast.training`, `fflfast.data` and `fflfast.compat` are imported when first used.
+The operators live here; `fflfast.nn` has them as modules. The rest is imported when first used: `fflfast.cohort`,
+`fflfast.methods`, `fflfast.models`, `fflfast.compat`, and `fflfast.data` and `fflfast.training`, which need the
+extra [train].
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import importlib
 from typing import Any
 
 from . import functional, nn
+from .cohort import Cohort, Learner
 from .functional import distill_loss, fuse_features, kd_loss, kl_div_with_logits
 from .graph import DistillGraph
 from .ops.backends import backends, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cohort",
     "DistillGraph",
+    "Learner",
     "backends",
     "distill_loss",
     "functional",
@@ -27,7 +31,7 @@ __all__ = [
     "use_backend",
 ]
 
-_LAZY = ("cohort", "compat", "data", "methods", "models", "tasks", "training")
+_LAZY = ("compat", "data", "methods", "models", "tasks", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -93,8 +93,9 @@ def distill_loss(
         >>> loss.backward()
     """
     logits = _checked_logits("distill_loss", logits, graph)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"distill_loss: ignore_index must be an int, got {ignore_index!r}")
+    ignore_index = int(ignore_index)
     target = _checked_target("distill_loss", target, logits[0], graph, ignore_index)
     label_smoothing = _in_range("distill_loss", "label_smoothing", label_smoothing, 0.0, 1.0)
     target_eps = _in_range("distill_loss", "target_eps", target_eps, 0.0, math.inf)

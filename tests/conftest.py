@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
 
-torch.set_num_threads(2)
+# The tensors here are small: one thread is fastest, and two that must wait for each other on a busy machine are
+# slower by orders of magnitude. Set before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
 
 
 @pytest.fixture(params=["eager", "registered"])

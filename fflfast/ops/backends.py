@@ -7,7 +7,6 @@ the order of `NAMES`, that is available and takes the case; a forced one that do
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ __all__ = ["NAMES", "Implementation", "backends", "choose", "use_backend"]
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "FFLFAST_BACKEND"
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fflfast_backend", default=None)
+# The blocks of use_backend that are open, innermost last. A plain list, because torch.compile traces and guards it
+# (a ContextVar it does not), and because autograd's own threads must see it too.
+_forced: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,14 @@ def _checked(name: str, origin: str) -> str:
 
 def forced_backend() -> str:
     """The backend asked for by `use_backend`, else by the environment variable FFLFAST_BACKEND, else ``auto``."""
-    name = _forced.get()
-    return name if name else _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+    return _forced[-1] if _forced else _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend inside a ``with`` block: cuda, triton, cpu, reference, or auto for the normal choice.
+
+    The choice holds for all threads of the process.
 
     Raises:
         ValueError: an unknown name, or a backend that is not available here (with the reason).
@@ -69,11 +71,11 @@ def use_backend(name: str) -> Iterator[None]:
     _checked(name, "use_backend")
     if name in _missing:
         raise ValueError(f"use_backend: {name} is not available: {_missing[name]}; fflfast.backends() lists what is")
-    token = _forced.set(name)
+    _forced.append(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def choose(operator: str, implementations: Mapping[str, Implementation], *case: Any) -> Implementation:

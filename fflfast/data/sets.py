@@ -1,0 +1,69 @@
+"""Opening a data set by name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from fflfast.data.arrays import digits, synthetic
+from fflfast.data.batch import DataBundle, DataError
+from fflfast.data.cifar import cifar
+from fflfast.data.fashion_mnist import fashion_mnist
+from fflfast.data.folder import imagefolder
+from fflfast.data.order import check_counter
+
+__all__ = ["available", "open_data"]
+
+_FROM_FILES = ("cifar10", "cifar100", "fashion_mnist", "imagefolder")
+_EMBEDDED = ("digits", "synthetic")
+
+
+def available() -> tuple[str, ...]:
+    """Return the names that :func:`open_data` takes."""
+    return tuple(sorted(_FROM_FILES + _EMBEDDED))
+
+
+def open_data(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    download: bool = False,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> DataBundle:
+    """Open a data set's training and test splits.
+
+    Args:
+        name: ``digits`` and ``synthetic`` need no files; ``fashion_mnist``, ``cifar10``,
+            ``cifar100`` and ``imagefolder`` read them from ``data_dir``.
+        data_dir: the folder of the files, or the folder that holds that folder. None only where a
+            default exists.
+        download: fetch missing files into data_dir, checked against published checksums; nothing is
+            fetched otherwise.
+        image_size: side of the square images, in pixels, ≥ 1; None for the data set's own (imagefolder: 224).
+        seed: of ``synthetic``; no other data set depends on it.
+
+    Raises:
+        ValueError: an unknown name, or options that do not fit it.
+        DataError: files that are missing or damaged, named, with the remedy.
+    """
+    if name not in available():
+        close = difflib.get_close_matches(str(name), available(), 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"data: expected one of {', '.join(available())}, got {name!r}{hint}")
+    if image_size is not None:
+        check_counter("image_size", image_size, 1)
+    check_counter("seed", seed)
+    if name in _EMBEDDED:
+        if data_dir is not None:
+            raise ValueError(f"data {name!r} reads no files; leave out data_dir {str(data_dir)!r} or choose other data")
+        return digits(image_size) if name == "digits" else synthetic(image_size, seed=seed)
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    try:
+        if name == "imagefolder":
+            return imagefolder(folder, download=download, image_size=image_size)
+        if name == "fashion_mnist":
+            return fashion_mnist(folder, download=download, image_size=image_size)
+        return cifar(name, folder, download=download, image_size=image_size)
+    except OSError as error:
+        raise DataError(f"{name}: {error}; check data_dir and its permissions") from error
