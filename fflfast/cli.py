@@ -1,7 +1,7 @@
 """The command line: fflfast train | eval | export | plot.
 
-Exit codes: 0 done; 1 the run failed; 2 it could not start as asked, and nothing was written; 130 and 143 stopped by SIGINT
-or SIGTERM, with the run saved.
+Exit codes: 0 done; 1 the run failed; 2 it could not start as asked, and nothing was written; 130 and 143 stopped by
+SIGINT or SIGTERM, with the run saved.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _train(argv: Sequence[str]) -> None:
     from fflfast.training import train
-    from fflfast.training.config import parse_arguments
+    from fflfast.training.arguments import parse_arguments
 
     train(parse_arguments(argv))
 
@@ -85,7 +85,7 @@ def _eval(argv: Sequence[str]) -> None:
     from fflfast.training.report import score_table
 
     parser = _Parser(
-        prog="fflfast eval", description="Test accuracy of a run, a checkpoint, or an exported file.", allow_abbrev=False
+        prog="fflfast eval", description="Test a run, a checkpoint or an exported file.", allow_abbrev=False
     )
     parser.add_argument("path", help="folder of a run, checkpoint, exported .safetensors or .pt2")
     parser.add_argument("--data", help="data set to test on (default: the one it was trained on)")
@@ -97,8 +97,8 @@ def _eval(argv: Sequence[str]) -> None:
     options = vars(parser.parse_args(argv))
     path = options.pop("path")
     scores = evaluate(path, **options)
-    rows = [(name, repr(100 * score.value), score) for name, score in scores.items()]
-    Console(highlight=False).print(score_table(str(path), "test accuracy", rows))
+    rows = [(name, "", score) for name, score in scores.items()]
+    Console(highlight=False).print(score_table(str(path), "test accuracy", rows, exact=True))
 
 
 def _export(argv: Sequence[str]) -> None:

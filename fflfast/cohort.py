@@ -122,8 +122,8 @@ class Cohort(nn.Module):
                 With a trunk, views are stacked and the trunk runs once on N·B images.
 
         Raises:
-            ValueError: another number of views than sub-networks.
-            TypeError: a sub-network that does not return (logits, feature_map).
+            ValueError: another number of views than sub-networks, or views of unequal shape on a trunk.
+            TypeError: a sub-network that does not return (logits, feature_map), a trunk that returns no tensor.
         """
         count = len(self.sub_networks)
         views = None if isinstance(x, Tensor) else list(x)
@@ -132,8 +132,14 @@ class Cohort(nn.Module):
         trunk_features: Tensor | None = None
         inputs: Sequence[Tensor]
         if self.trunk is not None:
+            if views is not None and any(v.shape != views[0].shape for v in views):
+                raise ValueError(
+                    f"Cohort: views that share a trunk must have one shape, got {[tuple(v.shape) for v in views]}"
+                )
             trunk_features = self.trunk(x if views is None else torch.cat(views))
-            inputs = [trunk_features] * count if views is None else trunk_features.chunk(count)
+            if not isinstance(trunk_features, Tensor):
+                raise TypeError(f"Cohort: the trunk must return one tensor, got {type(trunk_features).__name__}")
+            inputs = [trunk_features] * count if views is None else trunk_features.split(len(views[0]))
         else:
             inputs = [x] * count if views is None else views  # type: ignore[list-item]
         thunks = [_thunk(net, inputs[k], k) for k, net in enumerate(self.sub_networks)]
@@ -149,7 +155,7 @@ class Cohort(nn.Module):
         """
         if all(hasattr(net, "feature_channels") for net in self.sub_networks):
             return tuple(net.feature_channels for net in self.sub_networks)  # type: ignore[misc]
-        return tuple(None if f is None else f.shape[1] for f in self._probe().features)
+        return tuple(f.shape[1] if f is not None and f.dim() == 4 else None for f in self._probe().features)
 
     @torch.no_grad()
     def _probe(self) -> CohortOutput:
@@ -160,18 +166,19 @@ class Cohort(nn.Module):
         self.eval()
         problem: Exception | None = None
         try:
-            for size in (32, 64, 224, 299):
-                try:
-                    return self(torch.zeros(1, channels, size, size, dtype=like.dtype, device=like.device))
-                except (RuntimeError, ValueError, AssertionError) as error:
-                    problem = error
+            with torch.random.fork_rng([like.device] if like.is_cuda else ()):
+                for size in (32, 64, 224, 299):
+                    try:
+                        return self(torch.zeros(1, channels, size, size, dtype=like.dtype, device=like.device))
+                    except Exception as error:  # a network refuses a size in whatever way it likes
+                        problem = error
         finally:
             for module, mode in modes:
                 module.training = mode
         raise ValueError(
             "Cohort: could not find the channels of the feature maps by a trial on a blank image; give each "
-            f"sub-network an int attribute feature_channels (the trial said: {problem})"
-        )
+            f"sub-network an int attribute feature_channels (the trial said: {type(problem).__name__}: {problem})"
+        ) from problem
 
 
 def _thunk(net: nn.Module, x: Tensor, k: int) -> Callable[[], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
@@ -204,10 +211,25 @@ class Learner(nn.Module):
         cohort: the sub-networks.
         method: a `fflfast.methods.Method` built for this cohort.
         label_smoothing: of the cross-entropy terms, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: a method without a graph or with the cohort's own parameters, a bad label_smoothing.
     """
 
     def __init__(self, cohort: Cohort, method: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        if not hasattr(method, "graph"):
+            raise TypeError(
+                f"Learner: expected a method with a graph, got {type(method).__name__}; its __init__ sets it"
+            )
+        if not (isinstance(label_smoothing, (int, float)) and 0.0 <= label_smoothing <= 1.0):
+            raise ValueError(f"Learner: label_smoothing must be in [0, 1], got {label_smoothing!r}")
+        shared = {id(p) for p in cohort.parameters()} & {id(p) for p in method.parameters()}
+        if shared:
+            raise ValueError(
+                f"Learner: {type(method).__name__} holds {len(shared)} parameters of the cohort, which would be saved "
+                "and trained twice; read the cohort in the method's __init__, but do not keep it as an attribute"
+            )
         self.cohort = cohort
         self.method = method
         self.label_smoothing = label_smoothing

@@ -17,14 +17,20 @@ from .methods import FFL, FFLOptions
 
 __all__ = ["load_ffl_pytorch"]
 
-_TRUNK = ("conv1", "bn1", "layer1", "layer2")
-_BRANCHES = ({"layer3_1": "layer3", "classfier3_1": "fc"}, {"layer3_2": "layer3", "classfier3_2": "fc"})
-_FUSION = {
-    "conv1": "depthwise",
-    "bn1": "depthwise_norm",
-    "conv1_1": "pointwise",
-    "bn1_1": "pointwise_norm",
-    "fc2": "classifier",
+# Where each of the original's modules lives in a learner.
+_MODEL = {
+    **{name: f"cohort.trunk.{name}" for name in ("conv1", "bn1", "layer1", "layer2")},
+    "layer3_1": "cohort.sub_networks.0.layer3",
+    "classfier3_1": "cohort.sub_networks.0.fc",
+    "layer3_2": "cohort.sub_networks.1.layer3",
+    "classfier3_2": "cohort.sub_networks.1.fc",
+}
+_MODULE = {
+    "conv1": "method.fusion.depthwise",
+    "bn1": "method.fusion.depthwise_norm",
+    "conv1_1": "method.fusion.pointwise",
+    "bn1_1": "method.fusion.pointwise_norm",
+    "fc2": "method.fusion.classifier",
 }
 
 
@@ -47,25 +53,47 @@ def load_ffl_pytorch(
         ValueError: names or shapes that do not fit this depth and number of classes.
         TypeError: something that is not a state dict.
     """
-    network = _state(model_state, "model_state")
-    fusion = _state(module_state, "module_state")
-    parts = [models.split(models.create(f"resnet{depth}", num_classes), "layer3") for _ in _BRANCHES]
+    parts = [models.split(models.create(f"resnet{depth}", num_classes), "layer3") for _ in range(2)]
     cohort = Cohort([branch for _, branch in parts], parts[0][0])
     learner = Learner(cohort, FFL(cohort, num_classes, FFLOptions(target_eps=1e-7)))
-
-    renamed = _renamed(network, {name: f"cohort.trunk.{name}" for name in _TRUNK}, "model_state", partial=True)
-    for k, names in enumerate(_BRANCHES):
-        mapping = {old: f"cohort.sub_networks.{k}.{new}" for old, new in names.items()}
-        renamed |= _renamed(network, mapping, "model_state", partial=True)
-    unknown = sorted({key.split(".")[0] for key in network} - {*_TRUNK, *_BRANCHES[0], *_BRANCHES[1]})
-    if unknown:
-        raise ValueError(f"load_ffl_pytorch: model_state has {', '.join(unknown)}, which FFL_ResNet does not have")
-    renamed |= _renamed(fusion, {old: f"method.fusion.{new}" for old, new in _FUSION.items()}, "module_state")
-    _load(learner, renamed, depth, num_classes)
+    own = learner.state_dict()
+    with_depth = f"for depth={depth}, num_classes={num_classes}"
+    state = _translated(model_state, "model_state", _MODEL, own, with_depth)
+    state |= _translated(module_state, "module_state", _MODULE, own, with_depth)
+    learner.load_state_dict(state, strict=False)
     return learner
 
 
-def _state(state: Mapping[str, Any], what: str) -> Mapping[str, Tensor]:
+def _translated(
+    given: Mapping[str, Any], what: str, modules: Mapping[str, str], own: Mapping[str, Tensor], said: str
+) -> dict[str, Tensor]:
+    """The entries of one state dict under our names; every one that is missing, left over or misshapen is an error."""
+    state = _state(given, what)
+    names = {
+        f"{theirs}{key[len(ours) :]}": key
+        for theirs, ours in modules.items()
+        for key in own
+        if key.startswith(f"{ours}.")
+    }
+    # Checkpoints older than PyTorch 0.4.1 have no batch counters; the arithmetic does not read them.
+    missing = [name for name in names if name not in state and not name.endswith("num_batches_tracked")]
+    left_over = [name for name in state if name not in names]
+    if missing or left_over:
+        problem = f"lacks {missing[0]!r}" if missing else f"has {left_over[0]!r}, which does not belong there"
+        raise ValueError(
+            f"load_ffl_pytorch: {what} {problem} {said} ({len(missing)} missing, {len(left_over)} too many); "
+            "are the depth and the order of the two states right?"
+        )
+    for name, value in state.items():
+        expected = tuple(own[names[name]].shape)
+        if tuple(value.shape) != expected:
+            raise ValueError(
+                f"load_ffl_pytorch: {name!r} of {what} must have shape {expected} {said}, got {tuple(value.shape)}"
+            )
+    return {names[name]: value for name, value in state.items()}
+
+
+def _state(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -73,37 +101,5 @@ def _state(state: Mapping[str, Any], what: str) -> Mapping[str, Tensor]:
             f"load_ffl_pytorch: {what} must be a state dict, or a checkpoint with one under 'state_dict', got "
             f"{type(state).__name__}"
         )
-    return state
-
-
-def _renamed(
-    state: Mapping[str, Tensor], names: Mapping[str, str], what: str, *, partial: bool = False
-) -> dict[str, Tensor]:
-    """The entries of `state` below the old names, under the new ones; with `partial` the others may stay out."""
-    result = {}
-    for key, value in state.items():
-        old, dot, rest = key.partition(".")
-        if old in names:
-            result[names[old] + dot + rest] = value
-        elif not partial:
-            raise ValueError(f"load_ffl_pytorch: {what} has {key!r}, which Fusion_module does not have")
-    return result
-
-
-def _load(learner: Learner, state: dict[str, Tensor], depth: int, num_classes: int) -> None:
-    expected = learner.state_dict()
-    # Checkpoints older than PyTorch 0.4.1 have no batch counters; the arithmetic does not read them.
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in expected]
-    wrong = [k for k in state if k in expected and state[k].shape != expected[k].shape]
-    said = f"for depth={depth}, num_classes={num_classes}"
-    if missing or extra:
-        problem = f"lacks {missing[0]}" if missing else f"has {extra[0]} beyond it"
-        raise ValueError(f"load_ffl_pytorch: the checkpoint {problem} {said}; is the depth right?")
-    if wrong:
-        key = wrong[0]
-        raise ValueError(
-            f"load_ffl_pytorch: {key} must have shape {tuple(expected[key].shape)} {said}, "
-            f"got {tuple(state[key].shape)}"
-        )
-    learner.load_state_dict(state, strict=False)
+    # nn.DataParallel puts "module." before every name.
+    return {key.removeprefix("module."): value for key, value in state.items()}

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 Scalar = float | Tensor
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class DistillLossOutput(NamedTuple):
@@ -75,7 +76,8 @@ def distill_loss(
         ce_weight: μ, likewise.
         label_smoothing: in [0, 1], as in `torch.nn.functional.cross_entropy`.
         ignore_index: rows with this class index add to no term and are not counted.
-        target_eps: added to the teacher's probabilities without renormalising (the original FFL code has 1e-7).
+        target_eps: added to the teacher's probabilities without renormalising (the original FFL code has 1e-7); a
+            class that is masked in the student then has an infinite loss, as the teacher's ε is mass.
         reduction: none = per row; mean or batchmean = sum over rows ÷ counted rows, 0 if none is; sum.
 
     Returns:
@@ -96,6 +98,8 @@ def distill_loss(
     if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"distill_loss: ignore_index must be an int, got {ignore_index!r}")
     ignore_index = int(ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"distill_loss: ignore_index must fit int64, got {ignore_index}")
     target = _checked_target("distill_loss", target, logits[0], graph, ignore_index)
     label_smoothing = _in_range("distill_loss", "label_smoothing", label_smoothing, 0.0, 1.0)
     target_eps = _in_range("distill_loss", "target_eps", target_eps, 0.0, math.inf)
@@ -181,8 +185,10 @@ def kd_loss(
     Raises:
         ValueError, TypeError: as `distill_loss`.
     """
-    if isinstance(alpha, (bool, str)):
+    if isinstance(alpha, (bool, str)) or not hasattr(alpha, "__float__"):
         raise TypeError(f"kd_loss: alpha must be a number or a 0-dim tensor, got {alpha!r}")
+    if isinstance(alpha, Tensor) and alpha.requires_grad:
+        raise ValueError("kd_loss: alpha must not require grad (it gets none); pass alpha.detach()")
     return distill_loss(
         (student, teacher),
         target,
@@ -213,6 +219,11 @@ def _checked_logits(op: str, logits: Sequence[Tensor], graph: DistillGraph) -> l
         if not isinstance(z, Tensor) or not z.is_floating_point():
             kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
             raise TypeError(f"{op}: logits {name!r} must be a floating-point tensor, got {kind}")
+        if z.dtype not in _DTYPES or z.layout != torch.strided:
+            raise TypeError(
+                f"{op}: logits {name!r} must be a dense tensor of float16, bfloat16, float32 or float64, got {z.dtype} "
+                f"{z.layout}"
+            )
         if z.dim() == 0 or z.shape[-1] == 0:
             raise ValueError(f"{op}: logits {name!r} must have shape (..., C) with C ≥ 1, got {tuple(z.shape)}")
         if z.shape != logits[0].shape:
@@ -225,10 +236,7 @@ def _checked_logits(op: str, logits: Sequence[Tensor], graph: DistillGraph) -> l
                 f"{op}: all logits must be on one device, got {logits[0].device} and {z.device} ({name!r})"
             )
         dtype = z.dtype if dtype is None else torch.promote_types(dtype, z.dtype)
-    assert dtype is not None
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"{op}: logits must be float16, bfloat16, float32 or float64, got {dtype}")
-    return [z.to(dtype) for z in logits]
+    return [_savable(z.to(dtype)) for z in logits]
 
 
 def _checked_target(
@@ -250,7 +258,7 @@ def _checked_target(
             )
         if target.requires_grad:
             raise ValueError(f"{op}: target must not require grad; detach it, or make it a teacher with detach=False")
-        return target
+        return _savable(target)
     if target.dtype != torch.int64:
         raise TypeError(
             f"{op}: target must hold class indices as int64 or probabilities as floats, got {target.dtype}; "
@@ -261,19 +269,24 @@ def _checked_target(
             f"{op}: class indices must have the shape {tuple(like.shape[:-1])} of the rows of logits "
             f"{tuple(like.shape)}, got {tuple(target.shape)}"
         )
-    if target.device.type == "cpu" and target.numel() and not _is_symbolic(target):
+    if target.device.type == "cpu" and target.numel() and not _op.is_traced(target):
         bad = (target != ignore_index) & ((target < 0) | (target >= like.shape[-1]))
         if bool(bad.any()):
             raise ValueError(
                 f"{op}: class indices must be in [0, {like.shape[-1]}) or ignore_index={ignore_index}, got "
                 f"{int(target[bad][0])}"
             )
-    return target
+    return _savable(target)
 
 
-def _is_symbolic(tensor: Tensor) -> bool:
-    """Whether a tensor's values cannot be looked at: it is being traced, or has none."""
-    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+def _savable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one from inference mode (a frozen teacher, say), which autograd cannot save.
+
+    Traced tensors are left alone: torch.compile cannot ask where they come from.
+    """
+    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone()
 
 
 def _in_range(op: str, name: str, value: float, low: float, high: float) -> float:
@@ -296,18 +309,19 @@ def _scalar(name: str, value: Scalar, like: Tensor, *, positive: bool = False) -
             raise ValueError(f"distill_loss: {name} must not require grad (it gets none); pass {name}.detach()")
         if value.device.type != "cpu" and value.device != like.device:
             raise ValueError(f"distill_loss: {name} must be on the CPU or on {like.device}, got {value.device}")
-        if value.device.type == "cpu" and not _is_symbolic(value):
-            _check_value(name, value.item(), positive)
-        return value.to(dtype)
+        if value.device.type == "cpu" and not _op.is_traced(value):
+            _check_value(name, value.item(), positive, dtype)
+        return _savable(value.to(dtype))
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"distill_loss: {name} must be a number or a 0-dim tensor, got {value!r}")
-    _check_value(name, value, positive)
+    _check_value(name, value, positive, dtype)
     # Under compile any other way to make a tensor of a float recompiles at each new value.
     return torch.ones((), dtype=dtype) * value
 
 
-def _check_value(name: str, value: float, positive: bool) -> None:
-    if positive and not value > 0:
-        raise ValueError(f"distill_loss: {name} must be greater than 0, got {value}")
-    if not (-math.inf < value < math.inf):
-        raise ValueError(f"distill_loss: {name} must be finite, got {value}")
+def _check_value(name: str, value: float, positive: bool, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    if positive and not value >= limits.tiny:
+        raise ValueError(f"distill_loss: {name} must be greater than 0 (at least {limits.tiny:.3g}), got {value}")
+    if not (-limits.max <= value <= limits.max):
+        raise ValueError(f"distill_loss: {name} must be finite in {dtype}, got {value}")

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 __all__ = ["DistillGraph", "Edge"]
+
+T = TypeVar("T")
 
 
 class Edge(NamedTuple):
@@ -61,9 +63,9 @@ class DistillGraph:
     edges: tuple[Edge, ...]
     names: tuple[str, ...]
     # Derived when built rather than on demand: torch.compile does not trace functools.cached_property.
-    ce_terms: tuple[int, ...] = field(compare=False)
-    term_names: tuple[str, ...] = field(compare=False)
-    key: str = field(compare=False)
+    ce_terms: tuple[int, ...] = field(init=False, compare=False)
+    term_names: tuple[str, ...] = field(init=False, compare=False)
+    key: str = field(init=False, compare=False)
 
     def __init__(
         self,
@@ -77,15 +79,15 @@ class DistillGraph:
         if m < 1:
             raise ValueError(f"DistillGraph: num_logits must be at least 1, got {m}")
         ce = _numbers(ce_weights, m, "ce_weights")
-        rows = tuple(_mixture(row, m, v) for v, row in enumerate(mixtures))
-        arrows = tuple(_edge(e, m, m + len(rows), k) for k, e in enumerate(edges))
+        rows = tuple(_mixture(row, m, v) for v, row in enumerate(_sequence(mixtures, "mixtures")))
+        arrows = tuple(_edge(e, m, m + len(rows), k) for k, e in enumerate(_sequence(edges, "edges")))
         full_names = _names(names, m, len(rows))
         seen: set[tuple[int, int]] = set()
         for edge in arrows:
             if (edge.teacher, edge.student) in seen:
                 raise ValueError(
                     f"DistillGraph: the edge {full_names[edge.teacher]}→{full_names[edge.student]} stands twice; "
-                    "give it once with the sum of the weights"
+                    "give it once, with one weight"
                 )
             seen.add((edge.teacher, edge.student))
         ce_terms = tuple(i for i, w in enumerate(ce) if w != 0.0)
@@ -292,6 +294,12 @@ def _numbers(values: Sequence[float], length: int, what: str) -> tuple[float, ..
     return numbers
 
 
+def _sequence(value: Iterable[T], what: str) -> Iterable[T]:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"DistillGraph: {what} must be a sequence, got {value!r}")
+    return value
+
+
 def _mixture(row: Sequence[float], m: int, v: int) -> tuple[float, ...]:
     numbers = _numbers(row, m, f"mixtures[{v}]")
     if min(numbers) < 0.0:
@@ -302,7 +310,7 @@ def _mixture(row: Sequence[float], m: int, v: int) -> tuple[float, ...]:
 
 
 def _edge(edge: Sequence[object], m: int, count: int, k: int) -> Edge:
-    if isinstance(edge, str) or not hasattr(edge, "__len__") or len(edge) not in (3, 4):
+    if isinstance(edge, (str, Mapping)) or not isinstance(edge, Sequence) or len(edge) not in (3, 4):
         raise ValueError(f"DistillGraph: edges[{k}] must be (teacher, student, weight[, detach]), got {edge!r}")
     teacher, student = _integer(edge[0], f"edges[{k}].teacher"), _integer(edge[1], f"edges[{k}].student")
     if not 0 <= teacher < count:
@@ -323,7 +331,7 @@ def _edge(edge: Sequence[object], m: int, count: int, k: int) -> Edge:
 def _names(names: Sequence[str] | None, m: int, v: int) -> tuple[str, ...]:
     if names is None:
         names = _subs(m)
-    if isinstance(names, str) or not all(isinstance(n, str) and n for n in names):
+    if isinstance(names, str) or not all(isinstance(n, str) and n for n in _sequence(names, "names")):
         raise TypeError(f"DistillGraph: names must be a sequence of non-empty strings, got {names!r}")
     full = tuple(names)
     if len(full) == m:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -113,11 +113,12 @@ class FeatureFusion(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], out_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.in_channels = tuple(in_channels)
-        if not self.in_channels or min(*self.in_channels, out_channels, num_classes) < 1:
+        self.in_channels = tuple(in_channels) if isinstance(in_channels, Iterable) else ()
+        sizes = (*self.in_channels, out_channels, num_classes)
+        if not self.in_channels or not all(isinstance(n, int) and n >= 1 for n in sizes):
             raise ValueError(
-                "FeatureFusion: in_channels, out_channels and num_classes must be positive, got "
-                f"{self.in_channels}, {out_channels}, {num_classes}"
+                "FeatureFusion: expected a sequence of positive ints as in_channels, and positive ints as out_channels "
+                f"and num_classes, got {in_channels!r}, {out_channels!r}, {num_classes!r}"
             )
         total = sum(self.in_channels)
         self.depthwise = nn.Conv2d(total, total, 3, padding=1, groups=total, bias=False)
@@ -140,6 +141,12 @@ class FeatureFusion(nn.Module):
         got = tuple(x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else None for x in features)
         if got != self.in_channels:
             raise ValueError(f"FeatureFusion: expected feature maps with {self.in_channels} channels, got {got}")
+        for norm in (self.depthwise_norm, self.pointwise_norm):
+            if norm.training and isinstance(norm, nn.SyncBatchNorm):
+                raise ValueError(
+                    "FeatureFusion: its norms cannot be synchronised across processes yet, and a SyncBatchNorm would "
+                    "silently use this process's batch; convert the cohort alone, not the method"
+                )
         pooled, statistics = functional.fuse_features(
             features,
             self.depthwise.weight,
@@ -161,7 +168,9 @@ class FeatureFusion(nn.Module):
             (self.depthwise_norm, statistics.depthwise_mean, statistics.depthwise_var),
             (self.pointwise_norm, statistics.pointwise_mean, statistics.pointwise_var),
         ):
-            if mean is None or var is None or not norm.training or norm.running_mean is None:
+            if mean is None or var is None or not (norm.training and norm.track_running_stats):
+                continue
+            if norm.running_mean is None or norm.running_var is None:
                 continue
             momentum: float | Tensor | None = norm.momentum
             if norm.num_batches_tracked is not None:
@@ -170,7 +179,6 @@ class FeatureFusion(nn.Module):
                     momentum = norm.num_batches_tracked.to(mean.dtype).reciprocal()
             if momentum is None:
                 momentum = 0.0
-            assert norm.running_var is not None
             for running, batch in ((norm.running_mean, mean), (norm.running_var, var * (values / (values - 1)))):
                 running.lerp_(batch.to(running.dtype), _as_weight(momentum, running))
 

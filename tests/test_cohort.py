@@ -82,6 +82,8 @@ def test_views_go_to_their_sub_networks_and_through_the_trunk_at_once():
         torch.testing.assert_close(out.logits[k], net(shared.trunk(views[k]))[0])
     with pytest.raises(ValueError, match="expected 2 views"):
         plain(views[:1])
+    with pytest.raises(ValueError, match="one shape"):
+        shared([views[0], views[1][:2]])
 
 
 def test_runner_gets_the_thunks_and_decides_their_order():
@@ -112,6 +114,50 @@ def test_probing_finds_channels_and_changes_nothing():
     assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
     assert [net.training for net in cohort.sub_networks] == [True, False, True]
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class Odd(Counting):
+    """Draws random numbers, and gives tokens instead of a map, or fails."""
+
+    def forward(self, x):
+        if self.stages:
+            raise AttributeError("no attribute 'missing'")
+        torch.rand(1)
+        logits, _ = super().forward(x)
+        return logits, x.flatten(2).transpose(1, 2)
+
+
+def test_probing_meets_odd_networks():
+    cohort = Cohort([Counting(), Odd()])
+    random_state = torch.get_rng_state()
+    assert cohort.feature_channels == (4, None)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    with pytest.raises(ValueError, match="no attribute 'missing'"):
+        _ = Cohort([Counting(), Odd(stages=True)]).feature_channels
+
+
+def test_learner_refuses_a_method_that_owns_the_cohort():
+    class Greedy(DML):
+        def __init__(self, cohort, num_classes):
+            super().__init__(cohort, num_classes)
+            self.cohort = cohort
+
+    cohort = Cohort([Counting(), Counting()])
+    with pytest.raises(ValueError, match="parameters of the cohort"):
+        Learner(cohort, Greedy(cohort, 5))
+    with pytest.raises(TypeError, match="graph"):
+        Learner(cohort, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="label_smoothing"):
+        Learner(cohort, DML(cohort, 5), label_smoothing=1.5)
+
+
+def test_ffl_names_the_network_whose_map_is_missing():
+    cohort = Cohort([Counting(), Counting(spatial=False)])
+    for net in cohort.sub_networks:
+        net.feature_channels = 4
+    learner = Learner(cohort, FFL(cohort, 5))
+    with pytest.raises(ValueError, match="sub-network 1 returned None"):
+        learner(batch())
 
 
 def test_cohort_errors():
@@ -257,10 +303,19 @@ def test_methods_refuse_what_they_cannot_do():
 
 @pytest.mark.parametrize(
     "change",
-    [{"temperature": 0.0}, {"temperature": "3"}, {"kl_weight": float("nan")}, {"ramp_up_epochs": -1.0},
-     {"fusion_channels": 0}, {"target_eps": -1.0}, {"fusion_weight_decay": -1.0}],
+    [
+        {"temperature": 0.0},
+        {"temperature": "3"},
+        {"kl_weight": float("nan")},
+        {"ramp_up_epochs": -1.0},
+        {"fusion_channels": 0},
+        {"fusion_channels": 1.5},
+        {"target_eps": float("inf")},
+        {"target_eps": -1.0},
+        {"fusion_weight_decay": -1.0},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_options_are_checked(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         FFLOptions(**change)

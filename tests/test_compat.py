@@ -209,6 +209,13 @@ def test_terms_gradients_and_three_steps_agree():
             assert relative(got, value.detach()) < 2e-5, key
 
 
+def test_names_of_data_parallel_are_taken():
+    model, module = original_states()
+    wrapped = {f"module.{key}": value for key, value in model.items()}
+    learner = load_ffl_pytorch(wrapped, module, depth=DEPTH, num_classes=CLASSES)
+    assert torch.equal(learner.cohort.trunk.conv1.weight, model["conv1.weight"])
+
+
 def test_checkpoint_dicts_and_missing_counters_are_taken():
     model, module = original_states()
     for state in (model, module):
@@ -221,12 +228,14 @@ def test_checkpoint_dicts_and_missing_counters_are_taken():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda a, b: (a, b, 14, CLASSES), ValueError, "is the depth right"),
+        (lambda a, b: (a, b, 14, CLASSES), ValueError, "are the depth and the order"),
         (lambda a, b: (a, b, 9, CLASSES), ValueError, "resnet9"),
-        (lambda a, b: (a, b, 8, 100), ValueError, r"must have shape \(100"),
+        (lambda a, b: (a, b, 8, 100), ValueError, r"'classfier3_1.weight' of model_state must have shape \(100"),
         (lambda a, b: (b, a, 8, CLASSES), ValueError, "model_state"),
         (lambda a, b: ({**a, "extra.weight": torch.zeros(1)}, b, 8, CLASSES), ValueError, "extra"),
         (lambda a, b: (a, {**b, "extra.weight": torch.zeros(1)}, 8, CLASSES), ValueError, "extra"),
+        (lambda a, b: ({}, b, 8, CLASSES), ValueError, "lacks 'conv1.weight'"),
+        (lambda a, b: (a, {k: v for k, v in b.items() if k != "fc2.bias"}, 8, CLASSES), ValueError, "lacks 'fc2.bias'"),
         (lambda a, b: ([a], b, 8, CLASSES), TypeError, "model_state must be a state dict"),
         (lambda a, b: (a, {"fc2.weight": 3}, 8, CLASSES), TypeError, "module_state must be a state dict"),
     ],

@@ -363,3 +363,57 @@ def test_row_stride_beyond_int32():
     expected = run(distill_loss, logits, y, graph)
     assert torch.equal(loss.detach(), expected[0])
     assert torch.equal(gradient, expected[2][0])
+
+
+# ---- what a review found
+
+
+def test_trainable_teacher_with_eps_and_a_class_masked_in_the_teacher():
+    # p_t = 0 there, so the teacher's gradient has nothing to gain from log ε − log p_s.
+    graph = DistillGraph(2, (0, 0), (), ((1, 0, 1.0, False),))
+    student, teacher = random_logits(2, (2, 4), torch.float64)
+    teacher[:, 3] = -INF
+    _, _, grads = run(distill_loss, [student, teacher], None, graph, target_eps=0.01)
+    assert (grads[1][:, 3] == 0).all()
+    plain = [student.clone().requires_grad_(), teacher[:, :3].clone().requires_grad_()]
+    p = plain[1].softmax(1) + 0.01
+    log_s = plain[0].log_softmax(1)
+    rest = 0.01 * (math.log(0.01) - log_s[:, 3])
+    ((p * (p.log() - log_s[:, :3])).sum(1) + rest).mean().backward()
+    torch.testing.assert_close(grads[0], plain[0].grad, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(grads[1][:, :3], plain[1].grad, rtol=1e-10, atol=1e-15)
+
+
+def test_class_masked_in_student_and_teacher_with_trainable_teacher_and_eps_is_infinite():
+    graph = DistillGraph(2, (0, 0), (), ((1, 0, 1.0, False),))
+    logits = random_logits(2, (2, 4), torch.float64)
+    for z in logits:
+        z[:, 3] = -INF
+    loss, _, grads = run(distill_loss, logits, None, graph, target_eps=0.01)
+    assert loss == INF
+    assert grads[0].isfinite().all()
+    assert grads[1].isfinite().all()
+
+
+def test_gradients_and_rows_are_contiguous_and_own_their_memory():
+    logits = [z.transpose(0, 1).requires_grad_() for z in random_logits(3, (3, 2, 7))]
+    y = torch.zeros(3, 2, dtype=torch.int64).t()
+    loss = distill_loss(logits, y, FFL, reduction="none").loss
+    assert loss.is_contiguous()
+    empty = distill_loss(logits, y, DistillGraph(3, (0, 0, 0)), reduction="none").loss
+    assert empty.untyped_storage().nbytes() == empty.numel() * 4
+    for gradient in torch.autograd.grad(loss.sum(), logits):
+        assert gradient.is_contiguous()
+
+
+def test_teacher_and_target_from_inference_mode():
+    s, _ = random_logits(2, (5, 12))
+    s.requires_grad_()
+    with torch.inference_mode():
+        t = random_logits(2, (5, 12))[1]
+        y = torch.arange(5)
+        temperature = torch.tensor(3.0)
+    loss = kd_loss(s, t, y, temperature=temperature, alpha=0.5)
+    loss.backward()
+    same = kd_loss(s, t.clone(), y.clone(), temperature=3.0, alpha=0.5)
+    assert torch.equal(loss, same)

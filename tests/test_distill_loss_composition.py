@@ -150,6 +150,20 @@ def test_inductor_gives_the_same_numbers():
         torch.testing.assert_close(g, e)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(3, 2, 7), (2, 1, 7), (2, 3, 1), (1, 4, 5)], ids=str)
+def test_opcheck_of_transposed_logits_and_target(shape, reduction):
+    logits = [z.transpose(0, 1).requires_grad_() for z in random_logits(3, shape)]
+    target = torch.zeros(shape[:-1], dtype=torch.int64).t()
+    scalars = [torch.tensor(v) for v in (3.0, 0.5, 1.0)]
+    arguments = (logits, target, *scalars, FFL.key, 0.0, -100, 0.0, reduction)
+    torch.library.opcheck(torch.ops.fflfast.distill_loss.default, arguments)
+    compiled = torch.compile(
+        lambda z: distill_loss(z, target, FFL, reduction=reduction).loss * 2, backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(logits), distill_loss(logits, target, FFL, reduction=reduction).loss * 2)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("name", ["ffl2", "trainable", "okdhp2"])
 def test_opcheck(name, reduction):
@@ -208,6 +222,9 @@ def test_bad_class_on_a_device_makes_that_row_nan():
     logits = leaves(torch.float64)
     target = torch.tensor([0, 5, -1, 2])
     scalars = [torch.tensor(1.0, dtype=torch.float64)] * 3
+    nothing = [scalars[0], scalars[0] * 0, scalars[0] * 0]
+    loss = torch.ops.fflfast.distill_loss(logits, target, *nothing, FFL.key, 0.0, -100, 0.0, "none")[0]
+    assert loss.isnan().tolist() == [False, True, True, False]
     loss, terms = torch.ops.fflfast.distill_loss(logits, target, *scalars, FFL.key, 0.0, -100, 0.0, "none")
     assert loss.isnan().tolist() == [False, True, True, False]
     assert terms.isnan().all()
@@ -266,6 +283,12 @@ def test_kl_module():
         ({"graph": 2}, TypeError, "DistillGraph"),
         ({"temperature": 0.0}, ValueError, "greater than 0"),
         ({"temperature": -1}, ValueError, "greater than 0"),
+        ({"temperature": 1e-46}, ValueError, "at least"),
+        ({"kl_weight": 1e39}, ValueError, "finite in torch.float32"),
+        ({"kl_weight": torch.tensor(1e39, dtype=torch.float64)}, ValueError, "finite in torch.float32"),
+        ({"logits": [torch.zeros(4, 5).to_sparse()] * 3}, TypeError, "dense"),
+        ({"logits": [torch.zeros(4, 5).to(torch.float8_e4m3fn)] * 3}, TypeError, "float8"),
+        ({"ignore_index": 2**70}, ValueError, "int64"),
         ({"temperature": float("nan")}, ValueError, "greater than 0"),
         ({"temperature": torch.tensor(0.0)}, ValueError, "greater than 0"),
         ({"temperature": torch.ones(1)}, ValueError, "0-dim"),
@@ -286,6 +309,15 @@ def test_errors_say_what_was_expected(change, error, message):
     arguments = {"logits": random_logits(3, (4, 5)), "target": Y, "graph": FFL} | change
     with pytest.raises(error, match=message):
         distill_loss(**arguments)
+
+
+@pytest.mark.parametrize("alpha", [None, True, "0.5"])
+def test_kd_loss_checks_alpha_by_its_name(alpha):
+    s, t = random_logits(2, (4, 5))
+    with pytest.raises(TypeError, match="kd_loss: alpha"):
+        kd_loss(s, t, Y, temperature=4.0, alpha=alpha)
+    with pytest.raises(ValueError, match="kd_loss: alpha"):
+        kd_loss(s, t, Y, temperature=4.0, alpha=torch.tensor(0.5, requires_grad=True))
 
 
 def test_forced_backends():

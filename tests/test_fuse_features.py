@@ -162,6 +162,30 @@ def test_functional_returns_biased_statistics_and_changes_nothing():
     assert statistics == (None, None, None, None)
 
 
+def test_meta_tensors_and_float64_under_autocast():
+    module = FeatureFusion([3, 2], 4, 5).to("meta")
+    features = [torch.empty(2, c, 4, 4, device="meta") for c in (3, 2)]
+    assert module(features).shape == module.eval()(features).shape == (2, 5)
+    ours, _, wide = pair(CASES["two_equal"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(wide).dtype == torch.float64
+
+
+def test_untracked_running_statistics_stay_as_they_are():
+    ours, plain, features = pair(CASES["two_equal"])
+    for module in (ours, plain):
+        module.depthwise_norm.track_running_stats = False
+    assert_same(step(ours, features), step(plain, features))
+    assert_same(ours.buffers(), plain.buffers())
+    assert ours.depthwise_norm.num_batches_tracked == 0
+
+
+def test_refuses_a_norm_that_would_have_to_synchronise():
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(FeatureFusion([3], 4, 5))
+    with pytest.raises(ValueError, match="convert the cohort alone"):
+        module([torch.randn(2, 3, 4, 4)])
+
+
 def test_gradcheck():
     ours, _, features = pair([(2, 2, 3, 3), (2, 1, 3, 3)], out_channels=2)
     norms = [NormParams(n.weight, n.bias, None, None, n.eps, True) for n in (ours.depthwise_norm, ours.pointwise_norm)]
@@ -222,6 +246,10 @@ def test_module_refuses_other_channels_and_a_single_value():
         FeatureFusion([3, 3], 4, 5)([torch.randn(2, 3, 4, 4), torch.randn(2, 4, 4, 4)])
     with pytest.raises(ValueError, match="positive"):
         FeatureFusion([3, 0], 4, 5)
+    with pytest.raises(ValueError, match="sequence of positive ints"):
+        FeatureFusion(5, 4, 3)
+    with pytest.raises(ValueError, match="must be on meta"):
+        FeatureFusion([3], 4, 5)([torch.empty(2, 3, 4, 4, device="meta")])
     with pytest.raises(ValueError, match="more than 1 value"):
         FeatureFusion([3, 3], 4, 5)([torch.randn(1, 3, 1, 1)] * 2)
     fflfast.nn.FeatureFusion([3, 3], 4, 5).eval()([torch.randn(1, 3, 1, 1)] * 2)

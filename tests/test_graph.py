@@ -69,6 +69,13 @@ def test_frozen_hashable_equal_and_readable_back():
     assert g.names == ("a", "b", "mix0")
 
 
+def test_replace_builds_and_checks_anew():
+    g = dataclasses.replace(DistillGraph.kd(), names=("small", "large"))
+    assert g.term_names == ("ce/small", "kl/large→small")
+    with pytest.raises(ValueError, match="names"):
+        dataclasses.replace(g, names=("a",))
+
+
 def test_prints_who_is_taught_by_whom():
     text = str(DistillGraph.okddip(2))
     assert "attention0 (1, with gradient)" in text
@@ -96,6 +103,7 @@ def test_zero_ce_weight_has_no_term():
         ((2, (1, 1), (), ((0, 1, float("inf")),)), "finite"),
         ((2, (1, 1), (), ((0, 1, 1), (0, 1, 2))), "twice"),
         ((2, (1, 1), (), ((0, 1),)), "teacher, student, weight"),
+        ((2, (1, 1), (), ({"teacher": 0, "student": 1, "weight": 1},)), "teacher, student, weight"),
         ((2, (1, 1), (), (), ("a", "a")), "differ"),
         ((2, (1, 1), (), (), ("a",)), "names must have"),
     ],
@@ -115,6 +123,9 @@ def test_bad_values_raise_value_error(arguments, message):
         (2, (1, 1), (), ((0, 1.5, 1),)),
         (2, (1, 1), (), ((0, 1, 1, 1),)),
         (2, (1, 1), (), (), "ab"),
+        (2, (1, 1), 5),
+        (2, (1, 1), (), 5),
+        (2, (1, 1), (), (), 5),
     ],
     ids=repr,
 )

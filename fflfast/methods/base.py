@@ -49,8 +49,10 @@ class MethodOptions:
     ramp_up_epochs: float = 80.0
 
     def __post_init__(self) -> None:
-        for f in fields(MethodOptions):
+        for f in fields(self):
             value = getattr(self, f.name)
+            if type(f.default) not in (int, float):
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{type(self).__name__}: {f.name} must be a finite number, got {value!r}")
         if self.temperature <= 0:

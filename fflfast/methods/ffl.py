@@ -41,10 +41,11 @@ class FFLOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fusion_channels is not None and self.fusion_channels < 1:
-            raise ValueError(f"FFLOptions: fusion_channels must be at least 1, got {self.fusion_channels}")
+        channels = self.fusion_channels
+        if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
+            raise ValueError(f"FFLOptions: fusion_channels must be an int of at least 1 or None, got {channels!r}")
         for name in ("fusion_weight_decay", "target_eps"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) < 0:
                 raise ValueError(f"FFLOptions: {name} must not be negative, got {getattr(self, name)}")
 
 
@@ -86,8 +87,10 @@ class FFL(Method):
 
     def fused_logits(self, output: CohortOutput) -> Tensor:
         """Logits (B, K) of the fused classifier."""
-        maps = [f for f in output.features if f is not None]
-        return self.fusion(maps)
+        for k, feature_map in enumerate(output.features):
+            if feature_map is None:
+                raise ValueError(f"FFL: sub-network {k} returned None as its feature map; it said it would have one")
+        return self.fusion(output.features)
 
     def predict(self, output: CohortOutput) -> dict[str, Tensor]:
         return {**super().predict(output), "fused": self.fused_logits(output)}

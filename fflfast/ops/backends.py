@@ -63,7 +63,7 @@ def forced_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend inside a ``with`` block: cuda, triton, cpu, reference, or auto for the normal choice.
 
-    The choice holds for all threads of the process.
+    The choice holds for all threads of the process; what torch.compile has traced goes by the choice of its call.
 
     Raises:
         ValueError: an unknown name, or a backend that is not available here (with the reason).

@@ -18,7 +18,7 @@ from ..graph import DistillGraph
 from . import reference
 from .backends import Implementation, choose
 
-__all__ = ["IMPLEMENTATIONS", "LossOptions", "distill_loss"]
+__all__ = ["IMPLEMENTATIONS", "LossOptions", "distill_loss", "is_traced"]
 
 
 class LossOptions(NamedTuple):
@@ -50,14 +50,15 @@ def distill_loss(
     logits: Sequence[Tensor], target: Tensor | None, scalars: tuple[Tensor, Tensor, Tensor], options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """Loss and detached terms of logits of one shape and dtype; scalars = (T, λ, μ), 0-dim. Arguments are checked."""
-    if _is_traced(logits[0]):
+    if is_traced(logits[0]):
         graph, *rest = options
         loss, terms = torch.ops.fflfast.distill_loss(list(logits), target, *scalars, graph.key, *rest)
         return loss, terms.detach()
     return _DistillLoss.apply(options, target, *scalars, *logits)
 
 
-def _is_traced(tensor: Tensor) -> bool:
+def is_traced(tensor: Tensor) -> bool:
+    """Whether the call is being traced, or the tensor has no values to look at."""
     return (
         torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter) or is_in_torch_dispatch_mode()
     )

@@ -5,6 +5,7 @@ The reference composition is differentiated by autograd and traced by torch.comp
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,16 +84,19 @@ def fuse_features(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; fewer than two values per channel in training.
     """
+    depthwise_norm, pointwise_norm = NormParams(*depthwise_norm), NormParams(*pointwise_norm)
     maps = _checked(features, depthwise_weight, depthwise_norm, pointwise_weight, pointwise_norm)
     device = maps[0].device.type
     dtype = maps[0].dtype
     for x in maps[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    if torch.is_autocast_enabled(device):
+    # Autocast leaves float64 alone, here as in torch's own operators; meta tensors have no autocast.
+    may_autocast = torch.amp.is_autocast_available(device)
+    if may_autocast and dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     size = (min(x.shape[2] for x in maps), min(x.shape[3] for x in maps))
     maps = [x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in maps]
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if may_autocast else contextlib.nullcontext():
         arguments = (
             [x.to(dtype) for x in maps],
             depthwise_weight.to(dtype),
@@ -142,6 +146,9 @@ def _checked(
         raise ValueError(
             f"fuse_features: pointwise_weight must be (C_out, {channels}, 1, 1), got {tuple(pointwise_weight.shape)}"
         )
+    for weight_name, weight in (("depthwise_weight", depthwise_weight), ("pointwise_weight", pointwise_weight)):
+        if weight.device != maps[0].device:
+            raise ValueError(f"fuse_features: {weight_name} must be on {maps[0].device}, got {weight.device}")
     height, width = min(x.shape[2] for x in maps), min(x.shape[3] for x in maps)
     for name, norm, size in (
         ("depthwise_norm", depthwise_norm, channels),
@@ -152,6 +159,10 @@ def _checked(
         for field, value in zip(NormParams._fields[:4], norm[:4], strict=True):
             if value is not None and value.shape != (size,):
                 raise ValueError(f"fuse_features: {name}.{field} must have shape ({size},), got {tuple(value.shape)}")
+            if value is not None and value.device != maps[0].device:
+                raise ValueError(
+                    f"fuse_features: {name}.{field} must be on {maps[0].device} as the features, got {value.device}"
+                )
         if norm.training and maps[0].shape[0] * height * width <= 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got input size "

@@ -53,6 +53,12 @@ def _target_probabilities(target: Tensor, like: Tensor, label_smoothing: float) 
     return y if label_smoothing == 0.0 else y * (1.0 - label_smoothing) + label_smoothing / num_classes
 
 
+def _beside(logits: Tensor, *scalars: Tensor) -> list[Tensor]:
+    """The scalars on the logits' device. Multiplying reads a CPU scalar at launch; copying it would synchronise."""
+    one = torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    return [one * s for s in scalars]
+
+
 def _weighted(weight: Tensor, value: Tensor) -> Tensor:
     """weight·value, where a weight of zero removes the value even when that is infinite or NaN."""
     return torch.where(weight == 0, torch.zeros((), dtype=value.dtype, device=value.device), weight * value)
@@ -85,6 +91,7 @@ def distill_loss(
     Formula: the docstring of `fflfast.graph`. The logits are of one shape and dtype; T, λ and μ are 0-dim.
     """
     u = _distributions(logits, graph)
+    temperature, kl_weight, ce_weight = _beside(u[0], temperature, kl_weight, ce_weight)
     counted, bad = _row_state(u[0], target, ignore_index)
     rows: list[Tensor] = []
     weights: list[Tensor] = []
@@ -114,7 +121,7 @@ def distill_loss(
     if reduction != "sum":
         terms = terms / count
     if reduction == "none":
-        return loss.clone(), terms
+        return loss.clone(memory_format=torch.contiguous_format), terms
     return loss.sum() / count if reduction == "mean" else loss.sum(), terms
 
 
@@ -138,6 +145,7 @@ def distill_loss_backward(
     trainable teacher ∂L/∂u_t += λ T w · p_t ⊙ (ℓ − ⟨p_t, ℓ⟩) / n, spread over a mixture by its coefficients.
     """
     u = _distributions(logits, graph)
+    temperature, kl_weight, ce_weight = _beside(u[0], temperature, kl_weight, ce_weight)
     counted, bad = _row_state(u[0], target, ignore_index)
     dtype, num_classes = u[0].dtype, u[0].shape[-1]
     zero = torch.zeros((), dtype=dtype, device=u[0].device)

@@ -1,0 +1,247 @@
+"""Everything a training run needs, in one dataclass that Python, YAML and the command line fill alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ConfigError", "ResolvedConfig", "TrainConfig", "check_ranges"]
+
+
+class ConfigError(ValueError):
+    """A run that cannot be started as configured; the message is one line and names the remedy."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run
+
+    A field left at None takes its value from the recipe of the method or of the data set when the run starts
+    (:func:`fflfast.training.resolve`), which also checks every value and raises :class:`ConfigError`.
+
+    Args:
+        data: data set: digits, fashion_mnist, cifar10, cifar100, imagefolder or synthetic
+        data_dir: folder that holds the data set (digits and synthetic need none)
+        download: fetch a missing data set into data_dir
+        image_size: height and width of the images in pixels, where the data set leaves a choice
+        limit_train: train on this many of the training images, the same ones for every seed
+        limit_test: test on this many of the test images, always the same ones
+        arch: architecture of a sub-network; repeat the flag for each one (resnet32, torchvision/NAME, timm/NAME …)
+        method: how the sub-networks teach each other: ffl, dml, single, or package.module:Class
+        options: the method's own options
+        trunk: low layers that the sub-networks share: auto (as the FFL paper, where all are the same CIFAR network),
+            none, or the name of the first module that is not shared
+        pretrained: start from the weights that torchvision or timm publish (downloads them)
+        init: file of weights to start from; repeat the flag, one for each --arch
+        epochs: passes over the training images
+        batch_size: images in a step
+        lr: peak learning rate of SGD
+        momentum: momentum of SGD
+        nesterov: Nesterov momentum
+        weight_decay: L2 penalty of SGD (a method may set its own for its modules)
+        decay_norm_and_bias: apply weight decay to norm weights and biases too
+        schedule: learning rate over time, multistep or cosine
+        milestones: epochs at which multistep multiplies the learning rate by gamma
+        gamma: factor of the multistep schedule
+        warmup_epochs: epochs of linear warm-up at the start
+        label_smoothing: label smoothing of every cross-entropy
+        mixup: alpha of mixup (0 = off)
+        cutmix: alpha of CutMix (0 = off)
+        pad: pixels of reflection padding before the random crop
+        flip: mirror training images at random
+        seed: seed of weights, data order and augmentation
+        device: auto, cpu, cuda, cuda:N or mps
+        amp: mixed precision of the training step; auto = bf16 on CUDA devices that have it, else off
+        channels_last: keep weights and images in channels-last memory order
+        compile: compile each sub-network with torch.compile
+        deterministic: choose deterministic algorithms, so that a CUDA run repeats bit for bit (a CPU run always does)
+        workers: threads that load images (0 = none)
+        out: folder of the run, which must be new (default: runs/DATA-METHOD-ARCHITECTURES)
+        resume: folder of an interrupted run to continue exactly, or auto: continue the run in --out if it is there
+        baseline: afterwards train one network of each architecture alone with the same recipe and seed
+        checkpoint_every: steps between checkpoints within an epoch (0 = at the end of each epoch only)
+        log_every: steps between two records of the losses
+        tensorboard: write TensorBoard events too
+    """
+
+    data: str | None = None
+    data_dir: str | None = None
+    download: bool = False
+    image_size: int | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+
+    arch: list[str] | None = None
+    method: str = "ffl"
+    options: Mapping[str, Any] | None = None
+    trunk: str | None = None
+    pretrained: bool = False
+    init: list[str] | None = None
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    weight_decay: float | None = None
+    decay_norm_and_bias: bool | None = None
+    schedule: Literal["multistep", "cosine"] | None = None
+    milestones: list[int] | None = None
+    gamma: float | None = None
+    warmup_epochs: float | None = None
+    label_smoothing: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    pad: int | None = None
+    flip: bool | None = None
+
+    seed: int = 0
+    device: str = "auto"
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    workers: int = 0
+
+    out: str | None = None
+    resume: str | None = None
+    baseline: bool = False
+    checkpoint_every: int = 0
+    log_every: int = 50
+    tensorboard: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a config from a mapping such as a YAML file gives; an unknown key raises ConfigError."""
+        for key in values:
+            if key not in FIELDS:
+                raise ConfigError(f"unknown key {key!r}{suggest(str(key), FIELDS)}; see fflfast train --help")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python values that JSON and YAML can hold."""
+        options = self.options
+        if dataclasses.is_dataclass(options) and not isinstance(options, type):
+            options = dataclasses.asdict(options)
+        values = {name: getattr(self, name) for name in FIELDS}
+        values["options"] = None if options is None else dict(options)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def to_yaml(self) -> str:
+        """Return the settings as a YAML file for ``--config``, without the folder of the run itself."""
+        values = self.to_dict()
+        values.pop("out")
+        values.pop("resume")
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def hash(self) -> str:
+        """Return 12 hex digits that are the same for two runs that compute the same thing."""
+        values = {key: value for key, value in self.to_dict().items() if key not in MAY_CHANGE}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class ResolvedConfig(TrainConfig):
+    """A config in which every recipe value is filled in and every name resolved, as :func:`resolve` returns it."""
+
+    data: str
+    image_size: int
+    arch: list[str]
+    options: Mapping[str, Any]
+    trunk: str
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    decay_norm_and_bias: bool
+    schedule: Literal["multistep", "cosine"]
+    milestones: list[int]
+    gamma: float
+    warmup_epochs: float
+    label_smoothing: float
+    mixup: float
+    cutmix: float
+    pad: int
+    flip: bool
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
+
+RECIPE_FIELDS = tuple(list(ResolvedConfig.__annotations__)[4:])
+"""Fields whose None means: as the recipe says (trunk to flip)."""
+
+MAY_CHANGE = frozenset(
+    (
+        "data_dir",
+        "download",
+        "device",
+        "workers",
+        "out",
+        "resume",
+        "baseline",
+        "checkpoint_every",
+        "log_every",
+        "tensorboard",
+    )
+)
+"""Fields that do not decide what a run computes, so that a resumed run may change them."""
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Raise ConfigError for a value out of range or settings that contradict each other; None passes."""
+    for names, test, expected in _RANGES:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not (math.isfinite(value) and test(value)):
+                raise ConfigError(f"{flag(name)}: expected {expected}, got {value}")
+    if (config.warmup_epochs or 0) >= (config.epochs or math.inf):
+        raise ConfigError(f"--warmup-epochs: expected fewer than {config.epochs} epochs, got {config.warmup_epochs}")
+    milestones = config.milestones or []
+    if any(m < 1 for m in milestones) or list(milestones) != sorted(set(milestones)):
+        raise ConfigError(f"--milestones: expected rising epochs from 1 on, got {milestones}")
+    if milestones and config.schedule == "cosine":
+        raise ConfigError("--milestones belong to --schedule multistep; leave one of the two out")
+    if config.nesterov and config.momentum == 0:
+        raise ConfigError("--nesterov needs a momentum above 0; give --momentum 0.9 or --nesterov false")
+    if config.pretrained and config.init:
+        raise ConfigError("--pretrained and --init both say where to start from; leave one of the two out")
+    if config.init and len(config.init) != len(config.arch or ()):
+        raise ConfigError(
+            f"--init: expected one file for each --arch ({len(config.arch or ())}), got {len(config.init)}"
+        )
+
+
+_RANGES: tuple[tuple[str, Any, str], ...] = (
+    ("epochs image_size log_every", lambda v: v >= 1, "at least 1"),
+    ("limit_test", lambda v: v >= 1, "at least 1 image"),
+    ("batch_size limit_train", lambda v: v >= 2, "at least 2 images (batch normalisation needs them)"),
+    ("lr", lambda v: v > 0, "a finite number above 0"),
+    ("gamma", lambda v: v > 0, "a finite number above 0"),
+    ("momentum label_smoothing", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    ("weight_decay warmup_epochs mixup cutmix", lambda v: v >= 0, "a finite number, 0 or above"),
+    ("pad seed workers checkpoint_every", lambda v: v >= 0, "0 or above"),
+    ("seed", lambda v: v < 2**63, "below 2**63"),
+)
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return ", did you mean …?" for a name close to a known one, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""

@@ -1,0 +1,85 @@
+"""Curves of one or more runs as a PNG (or whatever the file's ending asks for): loss terms and test accuracies."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fflfast.training.config import ConfigError
+from fflfast.training.log import read_records
+
+__all__ = ["plot"]
+
+_TEST = "test_accuracy/"
+_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")  # Paul Tol's "bright"
+
+
+def plot(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Draw loss terms (left) and test accuracies (right) of each run, a row a run, and return the file.
+
+    Networks that the run trained alone as its baseline appear dotted. ``out`` is curves.png in the first run by
+    default. Raises ConfigError where a folder holds no finished epoch or the file's ending names no known format.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    folders = [Path(run) for run in runs]
+    records = [_epochs(folder) for folder in folders]
+    figure = Figure(figsize=(11, 4 * len(folders)), layout="constrained")
+    axes = figure.subplots(len(folders), 2, squeeze=False)
+    for (left, right), folder, epochs in zip(axes, folders, records, strict=True):
+        outputs = [key.removeprefix(_TEST) for key in epochs[-1] if key.startswith(_TEST)]
+        colours = dict(zip(outputs, itertools.cycle(_COLOURS), strict=False))
+        _draw_losses(left, epochs, colours)
+        _draw_accuracies(right, folder, epochs, colours)
+        left.set_title(folder.resolve().name, loc="left", fontweight="bold")
+        for axis in (left, right):
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+    file = Path(out) if out is not None else folders[0] / "curves.png"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--out {file}: {error}") from error
+    return file
+
+
+def _epochs(folder: Path) -> list[dict[str, Any]]:
+    epochs = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "epoch"]
+    if not epochs:
+        raise ConfigError(f"{folder}: expected the folder of a run with at least one finished epoch, found none")
+    return epochs
+
+
+def _draw_losses(axis: Any, epochs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    numbers = [record["epoch"] + 1 for record in epochs]
+    for name in (key for key in epochs[-1] if "/" in key and "accuracy/" not in key):
+        learner = name.rpartition("→")[2].rpartition("/")[2]  # who learns by the term: its colour
+        style = "-" if name.startswith("ce/") else "--"
+        axis.plot(numbers, [record[name] for record in epochs], style, color=colours.get(learner), label=name)
+    axis.set_yscale("log")
+    axis.set_ylabel("loss term, mean of the epoch")
+    axis.legend(fontsize="small", frameon=False)
+
+
+def _draw_accuracies(axis: Any, folder: Path, epochs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    marker = "." if len(epochs) < 20 else ""
+    for name, colour in colours.items():
+        axis.plot(*_curve(epochs, name), color=colour, marker=marker, label=name)
+    for i, other in enumerate(sorted(folder.glob("baseline-*/metrics.jsonl"))):
+        alone = other.parent.name.removeprefix("baseline-")
+        axis.plot(*_curve(_epochs(other.parent), "sub0"), ":", color="#333333", lw=1.5 + i, label=f"{alone} alone")
+    later = [value for line in axis.lines for value in line.get_ydata()[len(epochs) // 3 :]]
+    margin = 0.5 + 0.1 * (max(later) - min(later))
+    axis.set_ylim(min(later) - margin, max(later) + margin)  # the first third of the epochs may lie below
+    axis.set_ylabel("test accuracy %")
+    axis.legend(fontsize="small", frameon=False, loc="lower right")
+
+
+def _curve(epochs: Sequence[Mapping[str, Any]], output: str) -> tuple[list[int], list[float]]:
+    return [record["epoch"] + 1 for record in epochs], [100 * record[_TEST + output] for record in epochs]

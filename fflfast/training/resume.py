@@ -1,0 +1,93 @@
+"""Which run to continue, from which checkpoint, and whether what was asked for fits it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fflfast import methods
+from fflfast.data import DataBundle
+from fflfast.training import checkpoint
+from fflfast.training.arguments import check_types
+from fflfast.training.build import absolute, select_device
+from fflfast.training.checkpoint import CheckpointError, Snapshot
+from fflfast.training.config import MAY_CHANGE, ConfigError, ResolvedConfig, TrainConfig, check_ranges
+from fflfast.training.loop import describe_data
+from fflfast.training.report import Reporter
+
+__all__ = ["check_data", "has_checkpoint", "load", "resume"]
+
+
+def resume(config: TrainConfig, reporter: Reporter) -> tuple[ResolvedConfig, Snapshot] | None:
+    """Return the config and the snapshot to continue from, None for a new run."""
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        if config.out is None:
+            raise ConfigError("--resume auto: continues the run in --out, which is not given; add --out FOLDER")
+        if not has_checkpoint(Path(config.out)):
+            return None
+    folder = Path(config.out if config.out and config.resume == "auto" else config.resume)
+    if not folder.is_dir():
+        raise ConfigError(f"--resume {folder}: no such folder; give the folder of a run")
+    if config.out is not None and Path(config.out).resolve() != folder.resolve():
+        raise ConfigError(f"--resume {folder} continues in that folder, but --out is {config.out}; leave --out away")
+    try:
+        snapshot = load(folder, reporter)
+    except CheckpointError as error:
+        raise ConfigError(f"--resume {folder}: {error}") from error
+    saved = snapshot.info["config"]
+    values = {**saved, "out": str(folder), "resume": str(folder)}
+    for field in dataclasses.fields(TrainConfig):
+        name, given = field.name, getattr(config, field.name)
+        if given == field.default or name in ("out", "resume"):
+            continue
+        if name in ("data_dir", "init"):
+            given = absolute(given)
+        if name in MAY_CHANGE:
+            values[name] = given
+        elif not _agrees(saved[name], given):
+            raise ConfigError(
+                f"--resume {folder}: the run has {name} {saved[name]}, got {given}; leave it away to continue that "
+                "run, or start a new one in another --out"
+            )
+    values["device"] = str(select_device(values["device"]))
+    resolved = check_types(ResolvedConfig(**values), methods.resolve(saved["method"]).Options)
+    check_ranges(resolved)
+    return resolved, snapshot
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder holds a checkpoint to continue from, good or damaged."""
+    return (folder / checkpoint.LAST).exists() or (folder / checkpoint.PREVIOUS).exists()
+
+
+def _agrees(old: Any, new: Any) -> bool:
+    if dataclasses.is_dataclass(new) and not isinstance(new, type):
+        new = dataclasses.asdict(new)
+    if isinstance(new, dict):
+        return all(key in old and old[key] == value for key, value in new.items())
+    return bool(old == (list(new) if isinstance(new, tuple) else new)) or new == "auto"
+
+
+def load(folder: Path, reporter: Reporter) -> Snapshot:
+    """Read the newest good checkpoint; a damaged newer one is reported and moved aside, so that it replaces nothing."""
+    snapshot, path, warnings = checkpoint.load_latest(folder)
+    for warning in warnings:
+        reporter.line(f"warning: {warning}; going on from {path.name}", style="yellow")
+    last = folder / checkpoint.LAST
+    if path != last and last.exists():
+        last.replace(last.with_suffix(".damaged"))
+    return snapshot
+
+
+def check_data(snapshot: Snapshot, config: ResolvedConfig, data: DataBundle) -> None:
+    """Raise ConfigError where the data is not what the run began with."""
+    was, now = snapshot.info["data"], describe_data(config, data)
+    changed = [key for key in was if was[key] != now.get(key)]
+    if changed:
+        raise ConfigError(
+            f"--resume {config.resume}: the data set {config.data} is not what the run began with (another "
+            f"{', '.join(changed)}); give --data-dir of the same data"
+        )
