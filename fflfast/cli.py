@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import fflfast.training as training
     except ImportError as error:
         return _fail(f"{error.name or error} is not installed; training needs: pip install 'fflfast[train]'", 2)
-    from fflfast.data import DataError
+    from .data import DataError
 
     try:
         command(arguments[1:])
@@ -66,14 +66,14 @@ def _fail(message: str, code: int) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        from fflfast.training import ConfigError
+        from .training import ConfigError
 
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _train(argv: Sequence[str]) -> None:
-    from fflfast.training import train
-    from fflfast.training.arguments import parse_arguments
+    from .training import train
+    from .training.arguments import parse_arguments
 
     train(parse_arguments(argv))
 
@@ -81,8 +81,8 @@ def _train(argv: Sequence[str]) -> None:
 def _eval(argv: Sequence[str]) -> None:
     from rich.console import Console
 
-    from fflfast.training import evaluate
-    from fflfast.training.report import score_table
+    from .training import evaluate
+    from .training.report import score_table
 
     parser = _Parser(
         prog="fflfast eval", description="Test a run, a checkpoint or an exported file.", allow_abbrev=False
@@ -102,7 +102,7 @@ def _eval(argv: Sequence[str]) -> None:
 
 
 def _export(argv: Sequence[str]) -> None:
-    from fflfast.training import export
+    from .training import export
 
     parser = _Parser(
         prog="fflfast export",
@@ -118,7 +118,7 @@ def _export(argv: Sequence[str]) -> None:
 
 
 def _plot(argv: Sequence[str]) -> None:
-    from fflfast.training import plot
+    from .training import plot
 
     parser = _Parser(
         prog="fflfast plot", description="Draw loss terms and test accuracies of runs.", allow_abbrev=False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fflfast.data.batch import CropKey, DataBundle, DataError
+from .batch import CropKey, DataBundle, DataError
 
 __all__ = ["ArraySplit", "ImageArray", "array_bundle", "digits", "synthetic"]
 

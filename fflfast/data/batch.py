@@ -38,7 +38,7 @@ class CropKey(NamedTuple):
 
 
 class Split(Protocol):
-    """A training or test set that a :class:`fflfast.data.Loader` reads; thread-safe.
+    """A training or test set that a `fflfast.data.Loader` reads; thread-safe.
 
     Attributes:
         name: for messages, such as ``"cifar10 train"``.
@@ -67,13 +67,13 @@ class DataBundle:
     """A data set, ready to train on.
 
     Attributes:
-        name: as given to :func:`fflfast.data.open_data`.
+        name: as given to `fflfast.data.open_data`.
         train, test: the two splits.
         num_classes: K.
         class_names: K names, in the order of the class indices.
         mean, std: of the channels (R, G, B), in units of pixel values 0 … 255.
         image_size: height and width in pixels.
-        recipe: default augmentation, the ``pad`` and ``flip`` of :func:`fflfast.ops.augment.augment`.
+        recipe: default augmentation, the ``pad`` and ``flip`` of `fflfast.ops.augment.augment`.
     """
 
     name: str

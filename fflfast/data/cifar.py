@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fflfast.data.arrays import array_bundle
-from fflfast.data.batch import DataBundle, DataError
-from fflfast.data.files import download_file, locate
+from .arrays import array_bundle
+from .batch import DataBundle, DataError
+from .files import download_file, locate
 
 __all__ = ["cifar"]
 
@@ -69,7 +69,7 @@ def cifar(name: str, data_dir: Path | None, *, download: bool = False, image_siz
         name: ``cifar10`` or ``cifar100``.
         data_dir: the folder ``cifar-10-batches-bin`` or ``cifar-100-binary``, or the one that holds it.
         download: fetch the official archive into data_dir if files are missing.
-        image_size: see :func:`fflfast.data.open_data`.
+        image_size: see `fflfast.data.open_data`.
 
     Raises:
         ValueError, DataError: files missing or damaged, named.

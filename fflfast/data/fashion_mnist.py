@@ -11,9 +11,9 @@ from typing import IO, cast
 
 import numpy as np
 
-from fflfast.data.arrays import array_bundle
-from fflfast.data.batch import DataBundle, DataError
-from fflfast.data.files import download_file, find, locate
+from .arrays import array_bundle
+from .batch import DataBundle, DataError
+from .files import download_file, find, locate
 
 __all__ = ["fashion_mnist", "read_idx"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fflfast.data.batch import DataError
+from .batch import DataError
 
 __all__ = ["download_file", "find", "locate"]
 

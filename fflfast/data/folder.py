@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fflfast.data.batch import CropKey, DataBundle, DataError
-from fflfast.data.decode import SUFFIXES, decode_rgb
-from fflfast.data.order import random_resized_crop_boxes
+from .batch import CropKey, DataBundle, DataError
+from .decode import SUFFIXES, decode_rgb
+from .order import random_resized_crop_boxes
 
 __all__ = ["FolderSplit", "imagefolder"]
 
@@ -24,7 +24,7 @@ _LONGEST = 8  # sides of evaluation images beyond 8 : 1 are cut first, or resizi
 class FolderSplit:
     """Image files with class indices.
 
-    To train, a random box (:func:`fflfast.data.random_resized_crop_boxes`) is resized to image_size
+    To train, a random box (`fflfast.data.random_resized_crop_boxes`) is resized to image_size
     × image_size; to evaluate, the shorter side is resized to image_size · 8/7 and the centre is cut
     out (224 from 256). Both bilinear with antialiasing, on uint8.
 
@@ -46,7 +46,7 @@ class FolderSplit:
         return len(self.files)
 
     def fill(self, views: Sequence[Tensor], index: Tensor, crop: CropKey | None) -> dict[int, str]:
-        """Decode images ``index`` once each, write a crop into every view; see :class:`Split`."""
+        """Decode images ``index`` once each, write a crop into every view; see `Split`."""
         failed = {}
         for row, place in enumerate(index.tolist()):
             try:

@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from fflfast.data.batch import Batch, CropKey, DataError, Split
-from fflfast.data.order import check_counter, permutation
+from .batch import Batch, CropKey, DataError, Split
+from .order import check_counter, permutation
 
 __all__ = ["Loader"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from fflfast.data.arrays import digits, synthetic
-from fflfast.data.batch import DataBundle, DataError
-from fflfast.data.cifar import cifar
-from fflfast.data.fashion_mnist import fashion_mnist
-from fflfast.data.folder import imagefolder
-from fflfast.data.order import check_counter
+from .arrays import digits, synthetic
+from .batch import DataBundle, DataError
+from .cifar import cifar
+from .fashion_mnist import fashion_mnist
+from .folder import imagefolder
+from .order import check_counter
 
 __all__ = ["available", "open_data"]
 
@@ -19,7 +19,7 @@ _EMBEDDED = ("digits", "synthetic")
 
 
 def available() -> tuple[str, ...]:
-    """Return the names that :func:`open_data` takes."""
+    """Return the names that `open_data` takes."""
     return tuple(sorted(_FROM_FILES + _EMBEDDED))
 
 

@@ -18,7 +18,7 @@ _SIZES = (224, 32, 64, 299, 28)  # pixels
 
 @dataclass(frozen=True)
 class AdaptPlan:
-    """What :func:`adapt` found; prints as a few lines."""
+    """What `adapt` found; prints as a few lines."""
 
     network: str
     image: tuple[int, ...]

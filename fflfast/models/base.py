@@ -17,11 +17,11 @@ class SubNetwork(nn.Module):
     feature_channels: int | None = None
     num_classes: int = 0
     arch: str | None = None
-    """The name :func:`fflfast.models.create` takes; None for a network that was built elsewhere."""
+    """The name `fflfast.models.create` takes; None for a network that was built elsewhere."""
     default_split: str | None = None
     """Where a trunk is taken off by default: this module and what follows stay with the sub-network."""
     plan: object = None
-    """How the network was taken apart, where :func:`fflfast.models.adapt` did so; prints as a few lines."""
+    """How the network was taken apart, where `fflfast.models.adapt` did so; prints as a few lines."""
     head_names: tuple[str, ...] = ()
     """Names of the modules that hold the last layer, whose size follows the number of classes."""
 

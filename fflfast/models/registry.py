@@ -36,7 +36,7 @@ _OWN: dict[str, Callable[[int], SubNetwork]] = {
 
 
 def available() -> tuple[str, ...]:
-    """The names of our own networks; :func:`create` takes those of torchvision and timm as well."""
+    """The names of our own networks; `create` takes those of torchvision and timm as well."""
     return tuple(_OWN)
 
 

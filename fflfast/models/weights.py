@@ -16,7 +16,7 @@ __all__ = ["LoadReport", "copy_weights", "load_weights", "read_safetensors", "sa
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_weights` did; prints as one line."""
+    """What `load_weights` did; prints as one line."""
 
     source: str
     loaded: tuple[str, ...]
@@ -50,7 +50,7 @@ def load_weights(net: nn.Module, file: str | Path) -> LoadReport:
 
 
 def copy_weights(net: nn.Module, weights: Mapping[str, Tensor], source: str, heads: Collection[str]) -> LoadReport:
-    """Copy ``weights`` into ``net`` under the rules of :func:`load_weights`; ``source`` is for messages."""
+    """Copy ``weights`` into ``net`` under the rules of `load_weights`; ``source`` is for messages."""
     own = net.state_dict()
     missing = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in weights if n not in own]

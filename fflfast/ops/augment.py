@@ -48,7 +48,7 @@ def augment(
         seed, epoch, view: ints ≥ 0 or 0-dim integer tensors. Views of one image differ by ``view``.
         pad: largest shift in pixels, 0 ≤ pad < min(H, W). 0 crops nothing.
         flip: whether to mirror.
-        table: float32 (256, 3), see :func:`normalization_table`.
+        table: float32 (256, 3), see `normalization_table`.
 
     Returns:
         float32 (B, 3, H, W), the same bytes on every device.
@@ -89,11 +89,11 @@ def augment(
 
 def normalize(images: Tensor, table: Tensor) -> Tensor:
     """Turn uint8 images into normalised floats through a table: what evaluation does in place of
-    :func:`augment`.
+    `augment`.
 
     Args:
         images: uint8 (B, C, H, W), C = 3, or 1, which is repeated to three channels.
-        table: float32 (256, 3), see :func:`normalization_table`; another floating dtype is kept.
+        table: float32 (256, 3), see `normalization_table`; another floating dtype is kept.
 
     Returns:
         (B, 3, H, W) in the table's dtype.

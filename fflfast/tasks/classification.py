@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fflfast.ops import augment
+from ..ops import augment
 
 __all__ = ["Accuracy", "Classification", "Score"]
 
@@ -57,7 +57,7 @@ class Accuracy:
         return {"names": self.names, "correct": correct, "total": self.total}
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Put back what :meth:`state` returned."""
+        """Put back what `state` returned."""
         correct = state["correct"]
         self.names, self.total = tuple(state["names"]), state["total"]
         self.correct = None if correct is None else torch.tensor(correct, device=device)

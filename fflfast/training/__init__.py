@@ -7,14 +7,14 @@ evaluate(result.folder)
 
 from __future__ import annotations
 
-from fflfast.training.build import resolve
-from fflfast.training.checkpoint import CheckpointError
-from fflfast.training.config import ConfigError, TrainConfig
-from fflfast.training.evaluation import evaluate, export
-from fflfast.training.loop import TrainingError
-from fflfast.training.plots import plot
-from fflfast.training.run import RunResult, train
-from fflfast.training.signals import Stopped
+from .build import resolve
+from .checkpoint import CheckpointError
+from .config import ConfigError, TrainConfig
+from .evaluation import evaluate, export
+from .loop import TrainingError
+from .plots import plot
+from .run import RunResult, train
+from .signals import Stopped
 
 __all__ = [
     "CheckpointError",

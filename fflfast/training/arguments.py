@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
-from fflfast import methods
-from fflfast.training.config import RECIPE_FIELDS, ConfigError, TrainConfig, flag, suggest
+from .. import methods
+from .config import RECIPE_FIELDS, ConfigError, TrainConfig, flag, suggest
 
 __all__ = ["build_parser", "check_types", "parse_arguments"]
 

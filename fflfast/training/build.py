@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fflfast import methods, models
-from fflfast.cohort import Cohort, Learner
-from fflfast.data import DataBundle, open_data
-from fflfast.methods.base import Method
-from fflfast.training.arguments import check_types
-from fflfast.training.config import FIELDS, ConfigError, ResolvedConfig, TrainConfig, check_ranges
-from fflfast.training.recipes import merge_recipes
-from fflfast.training.schedule import rescale_milestones
+from .. import methods, models
+from ..cohort import Cohort, Learner
+from ..data import DataBundle, open_data
+from ..methods.base import Method
+from .arguments import check_types
+from .config import FIELDS, ConfigError, ResolvedConfig, TrainConfig, check_ranges
+from .recipes import merge_recipes
+from .schedule import rescale_milestones
 
 __all__ = ["Resolved", "absolute", "build_learner", "open_bundle", "resolve", "select_device"]
 

@@ -118,7 +118,7 @@ def get_random_state(device: torch.device) -> Snapshot:
 
 
 def set_random_state(snapshot: Snapshot, device: torch.device) -> None:
-    """Put back what :func:`get_random_state` returned."""
+    """Put back what `get_random_state` returned."""
     version, internal, gauss = snapshot.info["python"]
     random.setstate((version, tuple(internal), gauss))
     algorithm, *position = snapshot.info["numpy"]

@@ -28,7 +28,7 @@ class TrainConfig:
     """Settings of a training run
 
     A field left at None takes its value from the recipe of the method or of the data set when the run starts
-    (:func:`fflfast.training.resolve`), which also checks every value and raises :class:`ConfigError`.
+    (`fflfast.training.resolve`), which also checks every value and raises `ConfigError`.
 
     Args:
         data: data set: digits, fashion_mnist, cifar10, cifar100, imagefolder or synthetic
@@ -152,7 +152,7 @@ class TrainConfig:
 
 
 class ResolvedConfig(TrainConfig):
-    """A config in which every recipe value is filled in and every name resolved, as :func:`resolve` returns it."""
+    """A config in which every recipe value is filled in and every name resolved, as `resolve` returns it."""
 
     data: str
     image_size: int

@@ -10,15 +10,15 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from fflfast import models
-from fflfast.cohort import Learner
-from fflfast.data import DataBundle, Loader, Split
-from fflfast.ops.augment import normalization_table, normalize
-from fflfast.tasks import Classification, Score
-from fflfast.training import checkpoint
-from fflfast.training.build import build_learner, open_bundle, select_device
-from fflfast.training.config import ConfigError, ResolvedConfig, TrainConfig
-from fflfast.training.step import to_device
+from .. import models
+from ..cohort import Learner
+from ..data import DataBundle, Loader, Split
+from ..ops.augment import normalization_table, normalize
+from ..tasks import Score, Task, task_of
+from . import checkpoint
+from .build import build_learner, open_bundle, select_device
+from .config import ConfigError, ResolvedConfig, TrainConfig
+from .step import to_device
 
 __all__ = ["evaluate", "export", "load_run", "score_split"]
 
@@ -31,7 +31,7 @@ def score_split(
     predict: Callable[[Tensor], Mapping[str, Tensor]],
     split: Split,
     table: Tensor,
-    task: Classification,
+    task: Task,
     *,
     workers: int = 0,
     limit: int | None = None,
@@ -99,7 +99,7 @@ def evaluate(
         predict = _naming(facts.get("output", path.stem), module)
     bundle = _open(path, facts, data, data_dir)
     table = normalization_table(facts["mean"], facts["std"]).to(where)
-    task = Classification(bundle.num_classes)
+    task = task_of(bundle.num_classes)
     return score_split(predict, bundle.test, table, task, workers=workers, limit=limit_test) or {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fflfast.cohort import StepOutput
+from ..cohort import StepOutput
 
 __all__ = ["Means", "MetricLog", "read_records"]
 
@@ -105,7 +105,7 @@ class Means:
         self._images += images
 
     def peek(self) -> dict[str, float]:
-        """Return the means since the last :meth:`read`, empty if there was no step; waits for the device."""
+        """Return the means since the last `read`, empty if there was no step; waits for the device."""
         if self._sums is None:
             return {}
         return dict(zip(self.names, (value / self._images for value in self._sums.tolist()), strict=True))
@@ -129,6 +129,6 @@ class Means:
         return {"sums": sums, "images": self._images, "totals": self._totals, "total_images": self._total_images}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Put back what :meth:`state` returned."""
+        """Put back what `state` returned."""
         self._sums = None if state["sums"] is None else torch.tensor(state["sums"], device=device)
         self._images, self._totals, self._total_images = state["images"], state["totals"], state["total_images"]

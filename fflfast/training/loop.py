@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fflfast.cohort import Learner
-from fflfast.data import DataBundle, Loader
-from fflfast.ops.augment import normalization_table
-from fflfast.tasks import Classification, Score
-from fflfast.training import checkpoint
-from fflfast.training.checkpoint import Snapshot
-from fflfast.training.config import ResolvedConfig
-from fflfast.training.evaluation import score_split
-from fflfast.training.log import Means, MetricLog
-from fflfast.training.report import Reporter
-from fflfast.training.schedule import learning_rate_factor, ramp_up
-from fflfast.training.signals import Stopped, StopSignal
-from fflfast.training.step import TrainStep, optimizer_tensors, restore_optimizer, to_device
+from ..cohort import Learner
+from ..data import DataBundle, Loader
+from ..ops.augment import normalization_table
+from ..tasks import Score, task_of
+from . import checkpoint
+from .checkpoint import Snapshot
+from .config import ResolvedConfig
+from .evaluation import score_split
+from .log import Means, MetricLog
+from .report import Reporter
+from .schedule import learning_rate_factor, ramp_up
+from .signals import Stopped, StopSignal
+from .step import TrainStep, optimizer_tensors, restore_optimizer, to_device
 
 __all__ = ["Trainer", "TrainingError"]
 
@@ -72,7 +72,7 @@ class Trainer:
         if config.compile:
             for module in filter(None, (learner.cohort.trunk, *learner.cohort.sub_networks)):
                 module.compile()
-        self.task = Classification(data.num_classes, seed=config.seed, mixup=config.mixup, cutmix=config.cutmix)
+        self.task = task_of(data.num_classes, seed=config.seed, mixup=config.mixup, cutmix=config.cutmix)
         table = normalization_table(data.mean, data.std)
         self.take_step = TrainStep(self.learner, self.task, table, config, self.device)
         self.loader = _train_loader(config, data, self.device)
@@ -223,7 +223,7 @@ class Trainer:
         checkpoint.write(folder / checkpoint.LAST, Snapshot(tensors, info), keep=folder / checkpoint.PREVIOUS)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put everything back as :meth:`save` found it."""
+        """Put everything back as `save` found it."""
         tensors, info = snapshot
         self.learner.load_state_dict(checkpoint.under(tensors, "learner/"))
         restore_optimizer(self.take_step.optimizer, self.learner, checkpoint.under(tensors, "optimizer/"))

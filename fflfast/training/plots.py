@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fflfast.training.config import ConfigError
-from fflfast.training.log import read_records
+from .config import ConfigError
+from .log import read_records
 
 __all__ = ["plot"]
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from fflfast.tasks import Score
+from ..tasks import Score
 
 __all__ = ["Reporter", "score_table"]
 

@@ -6,15 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from fflfast import methods
-from fflfast.data import DataBundle
-from fflfast.training import checkpoint
-from fflfast.training.arguments import check_types
-from fflfast.training.build import absolute, select_device
-from fflfast.training.checkpoint import CheckpointError, Snapshot
-from fflfast.training.config import MAY_CHANGE, ConfigError, ResolvedConfig, TrainConfig, check_ranges
-from fflfast.training.loop import describe_data
-from fflfast.training.report import Reporter
+from .. import methods
+from ..data import DataBundle
+from . import checkpoint
+from .arguments import check_types
+from .build import absolute, select_device
+from .checkpoint import CheckpointError, Snapshot
+from .config import MAY_CHANGE, ConfigError, ResolvedConfig, TrainConfig, check_ranges
+from .loop import describe_data
+from .report import Reporter
 
 __all__ = ["check_data", "has_checkpoint", "load", "resume"]
 

@@ -14,17 +14,18 @@ from typing import NamedTuple
 import torch
 
 import fflfast
-from fflfast import methods
-from fflfast.cohort import Learner
-from fflfast.data import DataBundle
-from fflfast.tasks import Score
-from fflfast.training.build import build_learner, open_bundle, resolve
-from fflfast.training.checkpoint import Snapshot
-from fflfast.training.config import ConfigError, ResolvedConfig, TrainConfig
-from fflfast.training.loop import Trainer
-from fflfast.training.report import Reporter, score_table
-from fflfast.training.resume import check_data, has_checkpoint, load, resume
-from fflfast.training.signals import Stopped, StopSignal
+
+from .. import methods
+from ..cohort import Learner
+from ..data import DataBundle
+from ..tasks import Score
+from .build import build_learner, open_bundle, resolve
+from .checkpoint import Snapshot
+from .config import ConfigError, ResolvedConfig, TrainConfig
+from .loop import Trainer
+from .report import Reporter, score_table
+from .resume import check_data, has_checkpoint, load, resume
+from .signals import Stopped, StopSignal
 
 __all__ = ["RunResult", "train"]
 
@@ -40,7 +41,7 @@ class RunResult(NamedTuple):
 def train(config: TrainConfig, *, quiet: bool = False) -> RunResult:
     """Train as configured, or continue a run, and return its scores.
 
-    Seeds the global generators of torch, NumPy and Python. SIGTERM and SIGINT save the run and raise :class:`Stopped`,
+    Seeds the global generators of torch, NumPy and Python. SIGTERM and SIGINT save the run and raise `Stopped`,
     a SystemExit of code 143 or 130; the run then continues with ``resume``, bit for bit.
 
     Raises:

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fflfast.cohort import Learner, StepOutput, StepState
-from fflfast.data import Batch
-from fflfast.methods import Method
-from fflfast.ops.augment import augment
-from fflfast.tasks import Classification
-from fflfast.training.config import ResolvedConfig
+from ..cohort import Learner, StepOutput, StepState
+from ..data import Batch
+from ..methods import Method
+from ..ops.augment import augment
+from ..tasks import Task
+from .config import ResolvedConfig
 
 __all__ = ["TrainStep", "build_optimizer", "optimizer_tensors", "restore_optimizer", "to_device"]
 
@@ -25,7 +25,7 @@ class TrainStep:
     """Everything that one step changes: learner, optimizer and scaler; ``state`` holds what the schedule sets."""
 
     def __init__(
-        self, learner: Learner, task: Classification, table: Tensor, config: ResolvedConfig, device: torch.device
+        self, learner: Learner, task: Task, table: Tensor, config: ResolvedConfig, device: torch.device
     ) -> None:
         self.learner = learner
         self.task = task
@@ -120,7 +120,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, learner: nn.Module) -> d
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, learner: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` returned, in each parameter's own memory order.
+    """Put back what `optimizer_tensors` returned, in each parameter's own memory order.
 
     A fused optimizer walks parameter and state side by side in memory, so that a channels-last parameter needs
     channels-last state, which ``Optimizer.load_state_dict`` does not see to.
