@@ -45,7 +45,8 @@ lint: $(VENV)/dev
 bare: $(BARE)/installed
 	$(BARE)/bin/python $(PIP) --force-reinstall --no-deps .
 	cd tests && ../$(BARE)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . \
-		test_bare_install.py test_graph.py test_distill_loss.py test_fuse_features.py
+		test_bare_install.py test_graph.py test_distill_loss.py test_distill_loss_composition.py test_fuse_features.py \
+		test_cohort.py test_compat.py
 
 test: lint bare
 	$(VENV)/bin/python -m pytest

@@ -185,7 +185,7 @@ def kd_loss(
     Raises:
         ValueError, TypeError: as `distill_loss`.
     """
-    if isinstance(alpha, (bool, str)) or not hasattr(alpha, "__float__"):
+    if not isinstance(alpha, Tensor) and not _is_number(alpha):
         raise TypeError(f"kd_loss: alpha must be a number or a 0-dim tensor, got {alpha!r}")
     if isinstance(alpha, Tensor) and alpha.requires_grad:
         raise ValueError("kd_loss: alpha must not require grad (it gets none); pass alpha.detach()")
@@ -289,8 +289,15 @@ def _savable(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
+def _is_number(value: object) -> bool:
+    # A traced float passes the first test; torch 2.10 cannot ask it for attributes.
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return hasattr(value, "__float__") and not isinstance(value, Tensor)
+
+
 def _in_range(op: str, name: str, value: float, low: float, high: float) -> float:
-    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+    if not _is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if not (low <= value <= high and math.isfinite(value)):
         raise ValueError(f"{op}: {name} must be a finite number in [{low:g}, {high:g}], got {value}")
@@ -312,7 +319,7 @@ def _scalar(name: str, value: Scalar, like: Tensor, *, positive: bool = False) -
         if value.device.type == "cpu" and not _op.is_traced(value):
             _check_value(name, value.item(), positive, dtype)
         return _savable(value.to(dtype))
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+    if not _is_number(value):
         raise TypeError(f"distill_loss: {name} must be a number or a 0-dim tensor, got {value!r}")
     _check_value(name, value, positive, dtype)
     # Under compile any other way to make a tensor of a float recompiles at each new value.

@@ -90,8 +90,9 @@ def fuse_features(
     dtype = maps[0].dtype
     for x in maps[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    # Autocast leaves float64 alone, here as in torch's own operators; meta tensors have no autocast.
-    may_autocast = torch.amp.is_autocast_available(device)
+    # Autocast leaves float64 alone, here as in torch's own operators. Meta tensors have none, and torch 2.10 cannot
+    # trace torch.amp.is_autocast_available.
+    may_autocast = device != "meta"
     if may_autocast and dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     size = (min(x.shape[2] for x in maps), min(x.shape[3] for x in maps))
