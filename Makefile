@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BARE := .venv-bare
+CORE_TESTS := test_bare_install.py test_graph.py test_distill_loss.py test_distill_loss_rows.py \
+	test_distill_loss_composition.py test_fuse_features.py test_cohort.py test_compat.py
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint bare clean
@@ -44,9 +46,7 @@ lint: $(VENV)/dev
 
 bare: $(BARE)/installed
 	$(BARE)/bin/python $(PIP) --force-reinstall --no-deps .
-	cd tests && ../$(BARE)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . \
-		test_bare_install.py test_graph.py test_distill_loss.py test_distill_loss_composition.py test_fuse_features.py \
-		test_cohort.py test_compat.py
+	cd tests && ../$(BARE)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . $(CORE_TESTS)
 
 test: lint bare
 	$(VENV)/bin/python -m pytest

@@ -121,6 +121,14 @@ def random_logits(count: int, shape: tuple[int, ...], dtype=torch.float32, scale
     return [(torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype) for _ in range(count)]
 
 
+def target_for(graph, shape, seed=1):
+    """Random class indices for logits of `shape`, None where the graph has no CE term."""
+    if not graph.needs_target:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(shape[-1], shape[:-1], generator=generator)
+
+
 GRAPHS = {
     "ffl2": DistillGraph.ffl(2),
     "ffl4": DistillGraph.ffl(4),
