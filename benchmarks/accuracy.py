@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fflfast.training import TrainConfig, train
+from fflfast.training import TrainConfig, resolve, train
 
 STUDIES: dict[str, tuple[int, dict[str, Any]]] = {
     # name: (seeds, settings). Each study says in docs/results.md how its budget differs from the published one.
@@ -34,26 +34,29 @@ STUDIES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def run_study(study: str, runs: Path, data_dir: str | None) -> list[dict[str, Any]]:
-    """Train what is missing; one row a run and output."""
+def run_study(study: str, runs: Path, data_dir: str | None) -> tuple[list[dict[str, Any]], set[str]]:
+    """Train what is missing; one row a run and output, and what the runs were made with."""
     seeds, settings = STUDIES[study]
-    rows = []
+    rows, made_with = [], set()
     for seed in range(seeds):
         folder = runs / study / f"seed{seed}"
+        config = TrainConfig(
+            data=study,
+            data_dir=data_dir,
+            method="ffl",
+            seed=seed,
+            out=str(folder),
+            resume="auto",
+            checkpoint_every=200,
+            **settings,
+        )
         if not (folder / "summary.json").exists():
-            train(
-                TrainConfig(
-                    data=study,
-                    data_dir=data_dir,
-                    method="ffl",
-                    seed=seed,
-                    out=str(folder),
-                    resume="auto",
-                    checkpoint_every=200,
-                    **settings,
-                )
-            )
+            train(config)
+            (folder / "provenance.txt").write_text(provenance() + "\n", encoding="utf-8")
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if summary["config_hash"] != resolve(config).config.hash():
+            sys.exit(f"{folder} was trained with other settings than {study} has now; remove it to train it anew")
+        made_with.add((folder / "provenance.txt").read_text(encoding="utf-8").strip())
         scores = summary["scores"] | {f"{arch} alone": score for arch, score in summary["baseline"].items()}
         for output, score in scores.items():
             rows.append(
@@ -67,7 +70,7 @@ def run_study(study: str, runs: Path, data_dir: str | None) -> list[dict[str, An
                     "config": summary["config_hash"],
                 }
             )
-    return rows
+    return rows, made_with
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -92,17 +95,16 @@ def spread(values: list[float], *, signed: bool = False) -> str:
 
 
 def provenance() -> str:
-    """What ran where."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {model}"
-    return (
-        f"commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {device}"
-    )
+    """What a run that ends now was made with: commit, versions, threads and hardware."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    cpu = f"{torch.get_num_threads()} of {os.cpu_count()} cores of {model}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return f"commit {commit}, torch {torch.__version__}, Python {platform.python_version()}, {device}"
 
 
 def main() -> None:
@@ -112,13 +114,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder of the runs")
     parser.add_argument("--csv", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()
-    rows = run_study(arguments.study, arguments.runs, arguments.data_dir)
+    rows, made_with = run_study(arguments.study, arguments.runs, arguments.data_dir)
     if arguments.csv is not None:
         with arguments.csv.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    print(table(rows), f"\n{provenance()}; trained {rows[0]['epochs']} epochs", sep="\n", file=sys.stdout)
+    print(table(rows), "", f"{rows[0]['epochs']} epochs", *sorted(made_with), sep="\n")
 
 
 if __name__ == "__main__":
