@@ -29,7 +29,20 @@ fflfast COMMAND --help shows every flag. Exit codes: 0 done, 1 failed, 2 could n
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "" not in sys.path:
+        sys.path.append("")  # methods of the user's own lie in the working folder, which an installed script leaves out
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe is gone: nobody is left to tell
+        return 1
+    except OSError as error:
+        return _fail(str(error), 1)
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_ABOUT)
         return 0
@@ -53,9 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except (training.TrainingError, training.CheckpointError, DataError) as error:
         return _fail(str(error), 1)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe is gone: nobody is left to tell
-        return 1
     return 0
 
 
@@ -81,6 +91,7 @@ def _train(argv: Sequence[str]) -> None:
 def _eval(argv: Sequence[str]) -> None:
     from rich.console import Console
 
+    from .tasks import Task
     from .training import evaluate
     from .training.report import score_table
 
@@ -92,13 +103,13 @@ def _eval(argv: Sequence[str]) -> None:
     parser.add_argument("--data-dir", "--data_dir", help="folder of the data set (default for a run: where it was)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--weights", default="last", choices=("last", "best"), help="which weights of a run")
-    parser.add_argument("--limit-test", "--limit_test", type=int, help="test on this many images only")
+    parser.add_argument("--limit-test", "--limit_test", type=int, help="images to test on (default: as the run was)")
     parser.add_argument("--workers", type=int, default=0, help="threads that load images")
     options = vars(parser.parse_args(argv))
     path = options.pop("path")
     scores = evaluate(path, **options)
     rows = [(name, "", score) for name, score in scores.items()]
-    Console(highlight=False).print(score_table(str(path), "test accuracy", rows, exact=True))
+    Console(highlight=False).print(score_table(str(path), f"test {Task.metric_name}", rows, exact=True))
 
 
 def _export(argv: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from runs import flags, run, small, start
 
+from fflfast import cli
 from fflfast.cli import main
 from fflfast.training import ConfigError, TrainConfig, evaluate, export, plot, report, train
 
@@ -34,6 +35,37 @@ def test_version(capsys):
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
+def test_an_installed_script_finds_methods_in_the_working_folder(tmp_path):
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "script.py"
+    script.write_text("import sys\nfrom fflfast.cli import main\nsys.exit(main())\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text("from fflfast.methods import FFL as Mine\n", encoding="utf-8")
+    process = start(str(script), "train", "--method", "mine:Mine", "--help", cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "--options.fusion-channels" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=["disk", "ctrl-c"],
+)
+def test_no_traceback_from_outside(monkeypatch, capsys, error, code, words):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "train", fail)
+    assert main(["train"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("fflfast: error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
 @pytest.mark.parametrize("method", ["ffl", "dml"])
 def test_help_documents_every_flag_and_the_methods_options(capsys, method):
     with pytest.raises(SystemExit) as stop:
@@ -46,6 +78,7 @@ def test_help_documents_every_flag_and_the_methods_options(capsys, method):
             assert re.search(rf"--{name.replace('_', '-')} [^-\s]\S*( --\S+ \S+)? [a-zA-Z]", out), name
     assert re.search(r"--options\.temperature TEMPERATURE \S+", out)
     assert ("--options.fusion-weight-decay" in out) == (method == "ffl")
+    assert "null" not in out
 
 
 @pytest.mark.parametrize("command", ["eval", "export", "plot"])
@@ -73,7 +106,7 @@ def test_help_of_each(capsys, command):
 )
 def test_wrong_commands(trained, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert main([str(trained) if part == "RUN" else part for part in arguments]) in (1, 2)
+    assert main([str(trained) if part == "RUN" else part for part in arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("fflfast: error: ")
     assert err.count("\n") == 1

@@ -284,7 +284,7 @@ def test_layout_errors(folder, change, message):
 def test_option_errors(folder):
     with pytest.raises(ValueError, match="cannot be downloaded"):
         open_data("imagefolder", folder, download=True)
-    with pytest.raises(ValueError, match="needs data_dir"):
+    with pytest.raises(ValueError, match="needs a folder"):
         open_data("imagefolder")
     with pytest.raises(DataError, match=r"no folder train in .*nowhere"):
         open_data("imagefolder", folder / "nowhere")

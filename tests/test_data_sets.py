@@ -155,7 +155,7 @@ def test_fashion_mnist_without_a_folder(monkeypatch, idx_folder, tmp_path):
     monkeypatch.setattr(fashion_mnist, "_DEBIAN_DIR", idx_folder)
     assert len(open_data("fashion_mnist").train) == 30
     monkeypatch.setattr(fashion_mnist, "_DEBIAN_DIR", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="data 'fashion_mnist' needs data_dir"):
+    with pytest.raises(ValueError, match="fashion_mnist needs a folder"):
         open_data("fashion_mnist")
 
 
@@ -259,7 +259,7 @@ def test_cifar_names_and_files_missing(cifar10_folder, cifar100_folder):
         open_data("cifar10", cifar10_folder.parent)
     with pytest.raises(DataError, match=r"not found in .*nowhere, which is not a folder"):
         open_data("cifar10", cifar10_folder / "nowhere")
-    with pytest.raises(ValueError, match="data 'cifar10' needs data_dir"):
+    with pytest.raises(ValueError, match="cifar10 needs a folder"):
         open_data("cifar10")
 
 
@@ -312,7 +312,7 @@ def test_available_names():
     [
         ("cifar1000", {}, "expected one of cifar10, .* got 'cifar1000'; did you mean 'cifar10"),
         (None, {}, "got None"),
-        ("digits", {"data_dir": "/d"}, "data 'digits' reads no files; leave out data_dir '/d'"),
+        ("digits", {"data_dir": "/d"}, "digits reads no files; leave out --data-dir '/d'"),
         ("digits", {"image_size": 0}, "image_size: expected 1 ≤ image_size"),
         ("digits", {"image_size": 8.0}, "image_size: expected an int, got 8.0"),
         ("synthetic", {"seed": -1}, "seed: expected 0 ≤ seed"),

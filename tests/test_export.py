@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
 
@@ -230,15 +232,31 @@ def test_a_write_that_fails_leaves_the_old_file(fused, tmp_path, monkeypatch):
     target = tmp_path / "fused.pt2"
     target.write_bytes(b"old")
 
-    def broken(program, file, **kwargs):
-        file.write_bytes(b"half")
+    def broken(handle):
         raise OSError("no space left")
 
-    monkeypatch.setattr(torch.export, "save", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="no space left"):
         export_fused(learner, target, example_images=torch.zeros(2, 3, 16, 16), metadata={})
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sets a limit that stands for a full disk")
+def test_a_full_disk_does_not_end_the_process(tmp_path):
+    code = """
+import resource, sys, torch
+from test_export import export_fused, make_learner
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    export_fused(make_learner(), sys.argv[1], example_images=torch.zeros(2, 3, 16, 16), metadata={})
+except OSError as error:
+    print("refused:", error.strerror)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "fused.pt2")]
+    done = subprocess.run(command, cwd=os.path.dirname(__file__), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "refused: File too large\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -255,6 +273,23 @@ def test_files_that_are_no_export(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_exported(tmp_path / name)
+
+
+def test_a_damaged_program_is_one_error_and_no_logged_traceback(fused, tmp_path):
+    damaged = tmp_path / "a.pt2"
+    damaged.write_bytes(fused[1].read_bytes()[:3000])
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    logger = logging.getLogger("torch.export")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(ValueError, match=r"not a readable torch\.export program"):
+            load_exported(damaged)
+        assert logged == []
+        assert not logger.disabled
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_plain_weights_of_others_are_refused(tmp_path):

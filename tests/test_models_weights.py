@@ -89,8 +89,11 @@ def test_old_files_without_batch_counters(tmp_path):
         (state(**{"extra.weight": torch.zeros(1)}), "has the unknown extra.weight"),
         ({n: t for n, t in state().items() if n != "fc.bias"}, "lacks fc.bias"),
         ({}, "lacks conv1.weight"),
+        (state(**{"fc.bias": torch.full((10,), torch.nan)}), "values that are not finite in fc.bias"),
+        (state(**{"fc.bias": torch.full((10,), torch.inf)}), "values that are not finite in fc.bias"),
+        (state(**{"bn1.running_var": torch.full((4,), torch.nan)}), "values that are not finite in bn1.running_var"),
     ],
-    ids=["network", "kernel", "channels", "features", "extra", "missing", "empty"],
+    ids=["network", "kernel", "channels", "features", "extra", "missing", "empty", "nan", "inf", "nan-statistics"],
 )
 def test_what_does_not_fit_changes_nothing(tmp_path, weights, message):
     file = tmp_path / "weights.pt"
@@ -119,7 +122,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-@pytest.mark.parametrize("content", [b"", b"no weights at all", None], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize("content", [b"", b"no weights at all", b"junk", None], ids=["empty", "text", "junk", "cut"])
 def test_damaged_files(tmp_path, suffix, content):
     file = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(state(), file)

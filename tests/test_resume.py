@@ -15,7 +15,7 @@ from runs import SMALL, STEPS, assert_same, flags, run, small, start, tensors
 
 from fflfast.cli import main
 from fflfast.tasks import Classification
-from fflfast.training import ConfigError, Stopped, TrainConfig, checkpoint, train
+from fflfast.training import ConfigError, Stopped, TrainConfig, checkpoint, loop, train
 from fflfast.training.step import TrainStep
 
 NOISY = {"method": "runs:Noisy", "checkpoint_every": 2}
@@ -86,11 +86,11 @@ KILLS = {
     "within-an-epoch": (TrainStep, "__call__", 8, _die),
     "at-the-last-step": (TrainStep, "__call__", 3 * STEPS, _die),
     "in-the-test": (Classification, "metric", 5, _die),
-    "in-a-write": (os, "fsync", 7, _cut_and_die),
-    "before-a-sync": (os, "fsync", 9, _die),
-    "before-the-old-file-moves": (os, "replace", 8, _die),
-    "between-the-renames": (os, "replace", 9, _die),
-    "after-the-renames": (os, "fsync", 10, _die),
+    "in-a-write": (os, "fsync", 9, _cut_and_die),
+    "before-a-sync": (os, "fsync", 11, _die),
+    "before-the-old-file-moves": (os, "replace", 10, _die),
+    "between-the-renames": (os, "replace", 11, _die),
+    "after-the-renames": (os, "fsync", 12, _die),
 }
 
 
@@ -227,6 +227,8 @@ def test_resume_auto_begins_again_where_there_is_no_checkpoint_yet(tmp_path, unt
         ({"data": "digits"}, ["data synthetic, got digits"]),
         ({"out": "elsewhere"}, ["--out is elsewhere"]),
         ({"workers": -1}, ["--workers: expected 0 or above, got -1"]),
+        ({"device": "meta"}, ["--device meta", "cuda:N"]),
+        ({"out": "o" * 300}, ["--resume", "--out is ooo"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -236,6 +238,31 @@ def test_what_matters_may_not_change(half, changes, words):
         train(TrainConfig(resume=str(half), **changes), quiet=True)
     assert all(word in str(error.value) for word in words)
     assert {file.name: file.read_bytes() for file in half.iterdir()} == before
+
+
+def test_the_last_step_of_an_epoch_is_saved_before_its_test(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "score_split", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(small(tmp_path / "run"), quiet=True)
+    position = checkpoint.read(tmp_path / "run" / checkpoint.LAST).info["position"]
+    assert (position["epoch"], position["step"]) == (0, STEPS)
+
+
+DAMAGE = {
+    "no utf-8": b"\xff\xfe\n",
+    "no object": b"3\n",
+    "no record": b'{"kind": "epoch"}\n',
+    "no numbers": b'{"kind": "epoch", "epoch": null, "step": "x"}\n',
+    "no json": b"{{{\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_log_blocks_no_resume_and_loses_no_other_line(half, untouched, damage):
+    log = half / "metrics.jsonl"
+    log.write_bytes(damage + log.read_bytes())
+    train(TrainConfig(resume=str(half)), quiet=True)
+    _assert_as_untouched(half, untouched)
 
 
 def test_other_data_under_the_same_name_is_noticed(half, monkeypatch):
@@ -260,15 +287,6 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(half, untouc
     assert f"warning: {last} is damaged" in capsys.readouterr().out
     assert (half / "last.damaged").exists()
     _assert_as_untouched(half, untouched)
-
-
-@pytest.mark.parametrize("name", ["nothing", "empty"])
-def test_nothing_to_resume(tmp_path, capsys, name):
-    (tmp_path / "empty").mkdir()
-    assert main(["train", "--resume", str(tmp_path / name)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fflfast: error: --resume")
-    assert error.count("\n") == 1
 
 
 def test_a_finished_run_says_so(untouched, capsys):

@@ -206,12 +206,39 @@ def test_a_last_batch_of_one_image_is_left_out(tmp_path):
     ids=["mixing", "bf16", "cosine", "dml-of-three", "unlike", "single", "tensorboard"],
 )
 def test_options_train(tmp_path, changes):
-    try:
-        got = run(tmp_path / "run", epochs=1, **changes)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    got = run(tmp_path / "run", epochs=1, **changes)
     assert all(bool(t.isfinite().all()) for t in got.values() if t.is_floating_point())
     assert (tmp_path / "run" / "tensorboard").exists() == changes.get("tensorboard", False)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_deterministic_is_the_runs_own_choice(tmp_path, monkeypatch, before):
+    seen = []
+    take_step = TrainStep.__call__
+
+    def look(self, *arguments, **options):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        return take_step(self, *arguments, **options)
+
+    monkeypatch.setattr(TrainStep, "__call__", look)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    try:
+        torch.use_deterministic_algorithms(before, warn_only=before)
+        run(tmp_path / "run", epochs=1, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() == before
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.backends.cudnn.benchmark == before
+    assert set(seen) == {(True, False)}
+
+
+@pytest.mark.parametrize(("limit", "images"), [(25, 24), (100, 100), (10**6, 1024)], ids=["tail", "all", "beyond"])
+def test_the_speed_counts_the_images_that_were_trained(tmp_path, limit, images):
+    folder = tmp_path / "run"
+    train(small(folder, limit_train=limit, epochs=1), quiet=True)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert summary["images_per_second"] * summary["seconds"] == pytest.approx(images)
 
 
 def test_compile_is_asked_of_each_part_and_changes_no_name(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def locate(
         ValueError: data_dir is None.
     """
     if data_dir is None:
-        raise ValueError(f"data {name!r} needs data_dir, the folder of its files (or download and a data_dir to fill)")
+        raise ValueError(f"{name} needs a folder that holds its files, or that --download may fill; give --data-dir")
     candidates = [data_dir, *(data_dir / sub for sub in subfolders)]
 
     def missing(folder: Path) -> list[str]:
@@ -46,7 +46,7 @@ def locate(
         what = "" if data_dir.is_dir() else ", which is not a folder"
         raise DataError(
             f"{name}: {', '.join(missing(best))} not found in {best}{what}; pass the folder that holds "
-            "the files as data_dir, or download them there with --download (download=True)"
+            "the files as --data-dir, or download them there with --download (download=True)"
         )
     return best
 

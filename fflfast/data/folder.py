@@ -97,9 +97,11 @@ def imagefolder(data_dir: Path | None, *, download: bool = False, image_size: in
         DataError: folders missing or empty, or a class that train does not have, named.
     """
     if download:
-        raise ValueError("data 'imagefolder' is made of your own files and cannot be downloaded; leave out download")
+        raise ValueError("imagefolder is made of your own files and cannot be downloaded; leave out --download")
     if data_dir is None:
-        raise ValueError("data 'imagefolder' needs data_dir, a folder with train/CLASS/IMAGE and val/CLASS/IMAGE")
+        raise ValueError(
+            "imagefolder needs a folder of train/CLASS/IMAGE and val/CLASS/IMAGE; give --data-dir (data_dir)"
+        )
     train_dir = data_dir / "train"
     test_dir = next((data_dir / name for name in _TEST_NAMES if (data_dir / name).is_dir()), None)
     if not train_dir.is_dir() or test_dir is None:

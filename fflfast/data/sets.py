@@ -50,13 +50,13 @@ def open_data(
     if name not in available():
         close = difflib.get_close_matches(str(name), available(), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"data: expected one of {', '.join(available())}, got {name!r}{hint}")
+        raise ValueError(f"expected one of {', '.join(available())}, got {name!r}{hint}")
     if image_size is not None:
         check_counter("image_size", image_size, 1)
     check_counter("seed", seed)
     if name in _EMBEDDED:
         if data_dir is not None:
-            raise ValueError(f"data {name!r} reads no files; leave out data_dir {str(data_dir)!r} or choose other data")
+            raise ValueError(f"{name} reads no files; leave out --data-dir {str(data_dir)!r} or choose other data")
         return digits(image_size) if name == "digits" else synthetic(image_size, seed=seed)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     try:
@@ -66,4 +66,4 @@ def open_data(
             return fashion_mnist(folder, download=download, image_size=image_size)
         return cifar(name, folder, download=download, image_size=image_size)
     except OSError as error:
-        raise DataError(f"{name}: {error}; check data_dir and its permissions") from error
+        raise DataError(f"{name}: {error}; check --data-dir and its permissions") from error

@@ -24,9 +24,12 @@ def resolve(name: str) -> type[Method]:
     """The method class of a short name ("ffl") or of an import path ("package.module:Class").
 
     Raises:
+        TypeError: no text.
         ValueError: an unknown name (with the nearest known one), a module or class that cannot be imported, or a
             class that is not a `Method`.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"expected a method's name or an import path 'package.module:Class', got {name!r}")
     if name in _METHODS:
         return _METHODS[name]
     module_name, separator, class_name = name.partition(":")
@@ -34,13 +37,12 @@ def resolve(name: str) -> type[Method]:
         close = difflib.get_close_matches(name.lower(), _METHODS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"method: expected one of {', '.join(_METHODS)} or an import path 'package.module:Class', "
-            f"got {name!r}{hint}"
+            f"expected one of {', '.join(_METHODS)} or an import path 'package.module:Class', got {name!r}{hint}"
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"method: cannot import {name!r}: {error}") from error
+        raise ValueError(f"cannot import {name!r}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ValueError(f"method: {name!r} must be a subclass of fflfast.methods.Method, got {found!r}")
+        raise ValueError(f"{name!r} must be a subclass of fflfast.methods.Method, got {found!r}")
     return found

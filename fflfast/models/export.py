@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ def export_sub_network(
     """Write a sub-network, merged with its trunk, as the plain state dict of the network by itself.
 
     Names, shapes and dtypes are the network's own, so that the file loads with strict=True in torchvision's, timm's
-    or our own class. The file appears whole or not at all.
+    or our own class. A class that keeps a version with its weights (torchvision's MNASNet) refuses a plain dict of
+    tensors: there, put them into the class's own ``state_dict()``, which has the version, and load that. The file
+    appears whole or not at all.
 
     Args:
         sub_network: with ``trunk``, what `split` left of a network.
@@ -43,6 +48,7 @@ def export_sub_network(
 
     Raises:
         ValueError: another suffix, no such folder, parts that do not belong together, metadata that is not JSON.
+        OSError: the disk refuses; the old file stands.
     """
     target = _checked(path, ".safetensors")
     parts = [{} if trunk is None else _state(trunk), _state(sub_network)]
@@ -58,7 +64,7 @@ def export_sub_network(
         seen.add(memory)
     own = {"arch": getattr(sub_network, "arch", None), "num_classes": getattr(sub_network, "num_classes", None)}
     content = safetensors().torch.save(tensors, {"format": "pt", _KEY: _json({**own, **metadata})})
-    _write(target, lambda file: file.write_bytes(content))
+    _write(target, content)
     return target
 
 
@@ -80,6 +86,7 @@ def export_fused(learner: nn.Module, path: str | Path, *, example_images: Tensor
     Raises:
         ValueError: a method without a fused classifier, another suffix, no such folder, images that are none,
             metadata that is not JSON.
+        OSError: the disk refuses; the old file stands.
     """
     target = _checked(path, ".pt2")
     if not isinstance(example_images, Tensor) or example_images.dim() != 4 or not example_images.is_floating_point():
@@ -96,7 +103,9 @@ def export_fused(learner: nn.Module, path: str | Path, *, example_images: Tensor
         program = torch.export.export(
             model, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
         )
-    _write(target, lambda file: torch.export.save(program, file, extra_files={_EXTRA: text}))
+    content = io.BytesIO()  # on a full disk torch's own writer of files ends the process
+    torch.export.save(program, content, extra_files={_EXTRA: text})
+    _write(target, content.getvalue())
     return target
 
 
@@ -145,10 +154,21 @@ class _Logits(nn.Module):
 def _load_program(file: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     extra = {_EXTRA: ""}
     try:
-        program = torch.export.load(file, extra_files=extra)
+        with _silence("torch.export"):  # it logs a traceback before it raises
+            program = torch.export.load(file, extra_files=extra)
         return program.module(), json.loads(extra[_EXTRA] or "{}")
     except Exception as error:  # a damaged archive fails in many ways
         raise ValueError(f"{file} is not a readable torch.export program: {error}") from error
+
+
+@contextlib.contextmanager
+def _silence(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _load_weights(file: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
@@ -190,14 +210,14 @@ def _checked(path: str | Path, suffix: str) -> Path:
     return target
 
 
-def _write(target: Path, write: Callable[[Path], object]) -> None:
+def _write(target: Path, content: bytes) -> None:
     """Write beside the target and move into place, so that the target is never half a file."""
     handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         # mkstemp makes a private file; give it the rights that any new file here has.
         umask = os.umask(0)

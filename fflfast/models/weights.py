@@ -40,8 +40,8 @@ def load_weights(net: nn.Module, file: str | Path) -> LoadReport:
             the file is never run.
 
     Raises:
-        ValueError: no such file, not a state dict, or any other difference between the names and shapes of
-            the file and the network; it names the tensors, and nothing was loaded.
+        ValueError: no such file, not a state dict, values that are not finite, or any other difference between
+            the names and shapes of the file and the network; it names the tensors, and nothing was loaded.
     """
     path = Path(file)
     if not path.is_file():
@@ -62,6 +62,7 @@ def copy_weights(net: nn.Module, weights: Mapping[str, Tensor], source: str, hea
             ("lacks", missing),
             ("has the unknown", unexpected),
             ("has other shapes for", [n for n in differing if n not in skipped]),
+            ("has values that are not finite in", _broken(net, weights)),
         )
         if names
     ]
@@ -73,6 +74,12 @@ def copy_weights(net: nn.Module, weights: Mapping[str, Tensor], source: str, hea
         for name in loaded:
             own[name].copy_(weights[name])
     return LoadReport(source, tuple(loaded), tuple(skipped))
+
+
+def _broken(net: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Name what no training survives; a buffer may well be infinite, such as an attention mask."""
+    parameters = dict(net.named_parameters())
+    return [n for n, t in weights.items() if t.isnan().any() or (n in parameters and t.isinf().any())]
 
 
 def _is_head(name: str, heads: Collection[str]) -> bool:
@@ -97,7 +104,7 @@ def _read(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is damaged or holds more than tensors; save a state_dict()") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged file may raise anything: struct.error, KeyError, EOFError …
         raise ValueError(f"{path} is not a readable weights file: {error}") from error
 
 

@@ -14,11 +14,13 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from .. import methods
-from .config import RECIPE_FIELDS, ConfigError, TrainConfig, flag, suggest
+from .config import RECIPE_FIELDS, ConfigError, TrainConfig, flag, naming, shorten, suggest
 
 __all__ = ["build_parser", "check_types", "parse_arguments"]
 
 Config = TypeVar("Config", bound=TrainConfig)
+
+_OPTIONS = "the method's options by name (--options.temperature 3)"
 
 
 class _Help(DefaultHelpFormatter):
@@ -35,6 +37,7 @@ class _Help(DefaultHelpFormatter):
 
     def format_help(self) -> str:
         text = re.sub(r", --[a-z_.]+\+ [A-Z_]+", "", super().format_help())  # --arch+ is how repeated flags collect
+        text = text.replace("{true,false,null}", "{true,false}")  # null, to mean the recipe's, is for YAML
         return re.sub(r"--[a-z_.]+", lambda match: match[0].replace("_", "-"), text)
 
 
@@ -60,14 +63,12 @@ def build_parser(method_options: type | None = None) -> ArgumentParser:
 
 def parse_arguments(argv: Sequence[str]) -> TrainConfig:
     """Turn the arguments of ``fflfast train`` into a config that holds only what was given; errors are ConfigError."""
-    try:
+    with naming("--method"):
         method_options = methods.resolve(_peek_method(argv)).Options
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"--method: {error}") from error
     parser = build_parser(method_options)
     values = _parse(parser, _normalised(argv)).as_dict()
     values.pop("config", None)
-    return TrainConfig(**values)
+    return TrainConfig.from_dict(values)
 
 
 def check_types(config: Config, method_options: type) -> Config:
@@ -76,6 +77,8 @@ def check_types(config: Config, method_options: type) -> Config:
     ``method_options``, the options class of a method, says the same of ``options``. ConfigError for another type.
     """
     given = {key: value for key, value in config.to_dict().items() if value is not None}
+    if not isinstance(given.get("options", {}), Mapping):
+        raise ConfigError(f"--options: expected {_OPTIONS}, got {shorten(given['options'])}")
     parsed = _parse(build_parser(method_options), given).as_dict()
     return dataclasses.replace(config, **{key: parsed[key] for key in given})
 
@@ -108,13 +111,15 @@ def _parse(parser: ArgumentParser, given: Sequence[str] | Mapping[str, Any]) -> 
         return parser.parse_args(list(given), defaults=False)
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error), parser)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config: expected a text file in UTF-8, got other bytes ({error})") from None
 
 
 def _one_line(message: str, parser: ArgumentParser) -> str:
     known = [action.dest for action in parser._actions if action.option_strings]
     if match := re.match(r"unrecognized arguments: (.*)", message):
         argument = match[1].split()[0]
-        if not argument.startswith("--"):
+        if not argument.startswith("--") or argument == "--":
             return f"unexpected argument {argument!r}; every setting is given as --name value"
         name = argument[2:].split("=")[0]
         return f"unknown flag {flag(name)}{suggest(flag(name), map(flag, known))}; see fflfast train --help"
@@ -125,9 +130,9 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         return f"unknown key {match[1]!r}{suggest(match[1], known)}; see fflfast train --help"
     if match := re.match(r'Parser key "(.*?)":?(.*)', message, re.DOTALL):
         action = next((action for action in parser._actions if action.dest == match[1]), None)
-        value = re.search(r"(?:Given value|Got value): (.*)", match[2], re.DOTALL)
+        value = re.match(r".*(?:Given value: |Got value: |Unable to load config )(.*)", match[2], re.DOTALL)
         if action is not None and value is not None:
-            return f"{flag(match[1])}: expected {_type_name(action)}, got {' '.join(value[1].split())}"
+            return f"{flag(match[1])}: expected {_type_name(action)}, got {shorten(value[1])}"
         return f"{flag(match[1])}: {' '.join(match[2].split())}"
     if match := re.match(r"Unexpected config: (.*)", message, re.DOTALL):
         return f"--config: expected a YAML file of 'setting: value' lines, got {' '.join(match[1].split())[:60]!r}"
@@ -139,7 +144,7 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
 
 
 def _type_name(action: Any) -> str:
-    hint = str(getattr(action, "_typehint", "a valid value"))
+    hint = str(getattr(action, "_typehint", _OPTIONS))
     if choices := re.search(r"Literal\[(.*?)\]", hint):
         return f"one of {choices[1]}"
     names = {"list[str]": "a list of names", "list[int]": "a list of whole numbers", "float": "a number"}

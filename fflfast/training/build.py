@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,17 @@ from ..cohort import Cohort, Learner
 from ..data import DataBundle, open_data
 from ..methods.base import Method
 from .arguments import check_types
-from .config import FIELDS, ConfigError, ResolvedConfig, TrainConfig, check_ranges
+from .config import (
+    RECIPE_FIELDS,
+    ConfigError,
+    ResolvedConfig,
+    TrainConfig,
+    check_given,
+    check_ranges,
+    flag,
+    naming,
+)
+from .log import summary_writer
 from .recipes import merge_recipes
 from .schedule import rescale_milestones
 
@@ -36,22 +45,27 @@ class Resolved(NamedTuple):
 
 def resolve(config: TrainConfig) -> Resolved:
     """Fill every field that is None from the recipes, and open the data; ConfigError for whatever cannot be run."""
-    method = _method(config.method)
+    check_given(config)
+    method = _method(config)
     config = check_types(config, method.Options)
     if not config.data:
         raise ConfigError("--data: expected the name of a data set, got none; try --data digits")
     if not config.arch:
         raise ConfigError("--arch: expected at least one architecture, got none; try --arch resnet20 --arch resnet20")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("torchrun started several processes, but a run takes one; start it with fflfast train alone")
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"torchrun started several processes (WORLD_SIZE is {processes!r}), but a run takes one; start it with "
+            "fflfast train alone"
+        )
     check_ranges(config)
+    if config.tensorboard:
+        summary_writer()
     data = open_bundle(config)
     recipe, reference = merge_recipes(method.recipe, config.data)
     recipe |= {key: data.recipe[key] for key in ("pad", "flip") if key in data.recipe}
-
-    values = config.to_dict()
-    values |= {key: value for key, value in recipe.items() if key in FIELDS and values[key] is None}
+    values = _filled(config, recipe, method)
     epochs, scaled = values["epochs"], []
+    reference = reference or epochs
     if values["schedule"] == "cosine":
         values["milestones"] = config.milestones or []
     elif config.milestones is None:
@@ -65,10 +79,10 @@ def resolve(config: TrainConfig) -> Resolved:
             scaled.append(f"ramp-up {length:g} → {options['ramp_up_epochs']:.3g}")
     notes = [f"{epochs} epochs where {config.method}'s recipe has {reference}, so in proportion: {', '.join(scaled)}"]
     notes = notes if scaled and epochs != reference else []
-    if config.warmup_epochs is None and values["warmup_epochs"] and epochs != recipe["epochs"]:
+    if config.warmup_epochs is None and values["warmup_epochs"] and epochs != recipe.get("epochs", epochs):
         values["warmup_epochs"] *= epochs / recipe["epochs"]
         notes.append(f"warm-up {recipe['warmup_epochs']:g} → {values['warmup_epochs']:.3g} epochs")
-    with _naming("--options"):
+    with naming("--options"):
         values["options"] = dataclasses.asdict(method.Options(**options))
     if values["trunk"] == "auto":
         values["trunk"] = _default_split(config.arch, data.num_classes) or "none"
@@ -80,12 +94,29 @@ def resolve(config: TrainConfig) -> Resolved:
     check_ranges(resolved)
     if resolved.pad >= data.image_size:
         raise ConfigError(f"--pad: expected less than the {data.image_size} pixels of an image, got {resolved.pad}")
+    if len(data.train) < 2:
+        raise ConfigError(f"--data {config.data}: expected at least 2 images to train on, got {len(data.train)}")
     return Resolved(resolved, data, notes)
+
+
+def _filled(config: TrainConfig, recipe: dict[str, Any], method: type[Method]) -> dict[str, Any]:
+    """Return the settings with what is None taken from the recipe, which must leave nothing open."""
+    values = config.to_dict()
+    values |= {key: recipe[key] for key in RECIPE_FIELDS if values[key] is None and key in recipe}
+    if values["schedule"] == "cosine":
+        values["milestones"] = values["milestones"] or []
+    missing = [key for key in RECIPE_FIELDS if values[key] is None]
+    if missing:
+        raise ConfigError(
+            f"--method {config.method}: its recipe lacks {', '.join(missing)}; add the keys, or give "
+            f"{', '.join(map(flag, missing))}"
+        )
+    return check_types(TrainConfig(**values), method.Options).to_dict()
 
 
 def open_bundle(config: TrainConfig) -> DataBundle:
     """Open the data set that a config names."""
-    with _naming("--data"):
+    with naming("--data"):
         return open_data(
             config.data or "",
             config.data_dir,
@@ -95,22 +126,29 @@ def open_bundle(config: TrainConfig) -> DataBundle:
         )
 
 
-def build_learner(config: ResolvedConfig, num_classes: int, *, start: bool = True) -> Learner:
+def build_learner(
+    config: ResolvedConfig,
+    num_classes: int,
+    *,
+    start: bool = True,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Learner:
     """Build cohort and method of a resolved config on the CPU, seeded, and try one evaluation on blank images.
 
     With ``start`` off, the weights that the config starts from (pretrained, init) are left out: a checkpoint follows.
+    ``tell`` gets a line on what was loaded from each file.
     """
-    method = _method(config.method)
+    method = _method(config)
     _seed_generators(config.seed)
-    with _naming("--arch"):
+    with naming("--arch"):
         nets = [
             models.create(name, num_classes, pretrained=config.pretrained and start, image_size=config.image_size)
             for name in config.arch
         ]
     if start:
         for net, file in zip(nets, config.init or (), strict=False):
-            with _naming("--init"):
-                models.load_weights(net, file)
+            with naming("--init"):
+                tell(f"{net.arch}: {models.load_weights(net, file)}")
     sub_networks: list[nn.Module] = list(nets)
     trunk: nn.Module | None = None
     if config.trunk != "none":
@@ -119,11 +157,11 @@ def build_learner(config: ResolvedConfig, num_classes: int, *, start: bool = Tru
                 f"--trunk {config.trunk}: two or more networks of one architecture share a trunk, got "
                 f"{', '.join(config.arch)}; take --trunk none"
             )
-        with _naming("--trunk"):
+        with naming("--trunk"):
             blank = torch.zeros(1, 3, config.image_size, config.image_size)
             pairs = [models.split(net, config.trunk, example=blank) for net in nets]
         trunk, sub_networks = pairs[0][0], [sub_network for _, sub_network in pairs]
-    with _naming(f"--method {config.method}"):
+    with naming(f"--method {config.method}"):
         cohort = Cohort(sub_networks, trunk)
         own = method(cohort, num_classes, method.Options(**config.options))
         learner = Learner(cohort, own, label_smoothing=config.label_smoothing)
@@ -138,13 +176,15 @@ def _seed_generators(seed: int) -> None:
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device that a name stands for; ConfigError where this machine lacks it."""
+    """Return the device that a name stands for; ConfigError where it is of another kind or this machine lacks it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected auto, cpu, cuda, cuda:N or mps")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
     return device
@@ -159,9 +199,15 @@ def _select_amp(amp: str, device: torch.device) -> str:
     return amp
 
 
-def _method(name: str) -> type[Method]:
-    with _naming("--method"):
-        return methods.resolve(name)
+def _method(config: TrainConfig) -> type[Method]:
+    with naming("--method"):
+        method = methods.resolve(config.method)
+    options = config.options
+    if dataclasses.is_dataclass(options) and not isinstance(options, method.Options):
+        raise ConfigError(
+            f"--options: expected {method.Options.__name__} of the method {config.method}, got {type(options).__name__}"
+        )
+    return method
 
 
 def _default_split(arch: list[str] | None, num_classes: int) -> str | None:
@@ -177,7 +223,7 @@ def _try_out(learner: Learner, config: ResolvedConfig) -> None:
     learner.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=()):
-            learner.predict(torch.zeros(2, 3, size, size))
+            outputs = learner.predict(torch.zeros(2, 3, size, size))
     except Exception as error:  # whatever a network raises on images it cannot take
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
@@ -185,17 +231,12 @@ def _try_out(learner: Learner, config: ResolvedConfig) -> None:
             "choose another architecture or --image-size"
         ) from error
     learner.train()
-
-
-@contextlib.contextmanager
-def _naming(flag: str) -> Iterator[None]:
-    """Turn what a part of the library says about a wrong value into a ConfigError that names the flag."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise ConfigError(f"{flag}: {' '.join(str(error).split())}") from error
+    main = learner.method.main_output
+    if main not in outputs:
+        raise ConfigError(
+            f"--method {config.method}: its main_output {main!r} is none of the outputs of predict(), "
+            f"{', '.join(outputs)}"
+        )
 
 
 def absolute(path: Any) -> Any:

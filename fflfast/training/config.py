@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ConfigError", "ResolvedConfig", "TrainConfig", "check_ranges"]
+__all__ = ["ConfigError", "ResolvedConfig", "TrainConfig", "check_given", "check_ranges", "naming"]
 
 
 class ConfigError(ValueError):
@@ -70,7 +73,7 @@ class TrainConfig:
         out: folder of the run, which must be new (default: runs/DATA-METHOD-ARCHITECTURES)
         resume: folder of an interrupted run to continue exactly, or auto: continue the run in --out if it is there
         baseline: afterwards train one network of each architecture alone with the same recipe and seed
-        checkpoint_every: steps between checkpoints within an epoch (0 = at the end of each epoch only)
+        checkpoint_every: steps between checkpoints within an epoch (0 = before and after the test of each epoch only)
         log_every: steps between two records of the losses
         tensorboard: write TensorBoard events too
     """
@@ -123,20 +126,29 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a config from a mapping such as a YAML file gives; an unknown key raises ConfigError."""
+        """Build a config from a mapping such as a YAML file gives, and remember its keys as `given`.
+
+        An unknown key raises ConfigError.
+        """
         for key in values:
             if key not in FIELDS:
                 raise ConfigError(f"unknown key {key!r}{suggest(str(key), FIELDS)}; see fflfast train --help")
-        return cls(**values)
+        config = cls(**values)
+        object.__setattr__(config, "_given", frozenset(values))
+        return config
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings that were asked for: the keys of `from_dict`, else the fields off their default."""
+        changed = (field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
+        return getattr(self, "_given", frozenset(changed))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values that JSON and YAML can hold."""
         options = self.options
         if dataclasses.is_dataclass(options) and not isinstance(options, type):
             options = dataclasses.asdict(options)
-        values = {name: getattr(self, name) for name in FIELDS}
-        values["options"] = None if options is None else dict(options)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {name: _plain(options if name == "options" else getattr(self, name)) for name in FIELDS}
 
     def to_yaml(self) -> str:
         """Return the settings as a YAML file for ``--config``, without the folder of the run itself."""
@@ -199,13 +211,39 @@ MAY_CHANGE = frozenset(
 """Fields that do not decide what a run computes, so that a resumed run may change them."""
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def check_given(config: TrainConfig) -> None:
+    """Raise ConfigError for null where no recipe fills in, and for a text that nothing can be called."""
+    for field in dataclasses.fields(config):
+        if field.default is not None and getattr(config, field.name) is None:
+            raise ConfigError(f"{flag(field.name)}: expected a value, got null; leave it away for {field.default}")
+    for name, value in config.to_dict().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (not text.strip() or "\0" in text):
+                raise ConfigError(f"{flag(name)}: expected a name, got {text!r}; leave it away for the default")
+            if isinstance(value, list) and name == "arch" and not isinstance(text, str):
+                raise ConfigError(
+                    f"--arch: expected names of networks, got a {type(text).__name__}; a network of your own trains "
+                    "with fflfast.Cohort and fflfast.Learner in a loop of yours"
+                )
+
+
 def check_ranges(config: TrainConfig) -> None:
     """Raise ConfigError for a value out of range or settings that contradict each other; None passes."""
     for names, test, expected in _RANGES:
         for name in names.split():
             value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and test(value)):
-                raise ConfigError(f"{flag(name)}: expected {expected}, got {value}")
+            if value is not None and not (_is_number(value) and test(value)):
+                raise ConfigError(f"{flag(name)}: expected {expected}, got {shorten(value)}")
     if (config.warmup_epochs or 0) >= (config.epochs or math.inf):
         raise ConfigError(f"--warmup-epochs: expected fewer than {config.epochs} epochs, got {config.warmup_epochs}")
     milestones = config.milestones or []
@@ -223,6 +261,11 @@ def check_ranges(config: TrainConfig) -> None:
         )
 
 
+def _is_number(value: float) -> bool:
+    """Tell whether a value is finite and, if whole, one of 64 bits."""
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
 _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("epochs image_size log_every", lambda v: v >= 1, "at least 1"),
     ("limit_test", lambda v: v >= 1, "at least 1 image"),
@@ -230,9 +273,9 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("lr", lambda v: v > 0, "a finite number above 0"),
     ("gamma", lambda v: v > 0, "a finite number above 0"),
     ("momentum label_smoothing", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    ("weight_decay warmup_epochs mixup cutmix", lambda v: v >= 0, "a finite number, 0 or above"),
+    ("weight_decay warmup_epochs", lambda v: v >= 0, "a finite number, 0 or above"),
+    ("mixup cutmix", lambda v: 0 <= v <= 100, "a number from 0 (off) to 100"),
     ("pad seed workers checkpoint_every", lambda v: v >= 0, "0 or above"),
-    ("seed", lambda v: v < 2**63, "below 2**63"),
 )
 
 
@@ -241,7 +284,25 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Turn whatever a part of the library, or code of the user's, says about a wrong value into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, TypeError, ImportError, OSError)) else f"{type(error).__name__}: "
+        raise ConfigError(f"{flag}: {kind}{' '.join(str(error).split())}") from error
+
+
+def shorten(value: Any) -> str:
+    """Return a value as one line of a message, at most some 80 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
     """Return ", did you mean …?" for a name close to a known one, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {prefix}{close[0]}?" if close else ""
+    return f", did you mean {close[0]}?" if close else ""

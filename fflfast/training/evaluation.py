@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +19,8 @@ from ..ops.augment import normalization_table, normalize
 from ..tasks import Score, Task, task_of
 from . import checkpoint
 from .build import build_learner, open_bundle, select_device
-from .config import ConfigError, ResolvedConfig, TrainConfig
+from .checkpoint import Snapshot
+from .config import ConfigError, ResolvedConfig, TrainConfig, check_ranges
 from .step import to_device
 
 __all__ = ["evaluate", "export", "load_run", "score_split"]
@@ -67,23 +70,22 @@ def evaluate(
     Args:
         path: folder or file.
         data, data_dir: what to test on; None takes what the file names.
-        device: as in TrainConfig.
+        device: as in TrainConfig; a .pt2 program runs on the CPU.
         weights: of a run's folder, "last" or "best".
-        limit_test: test on this many images only; None for a run means as it was trained.
+        limit_test: test on this many images only; None means as the run was tested.
         workers: threads that load images.
 
     Raises:
-        ConfigError: no such file, or data that does not fit it.
-        CheckpointError: a damaged checkpoint.
+        ConfigError: no such file, data that does not fit it, or an argument out of range.
+        CheckpointError: a damaged checkpoint. A damaged last one is named on stderr, and the one before is taken.
     """
     path, where = Path(path), select_device(device)
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist; expected the folder of a run, a checkpoint or an exported file")
+    check_ranges(TrainConfig(limit_test=limit_test, workers=workers))
+    _check_path(path, weights)
     if _is_run(path):
         config, learner, facts = load_run(path, weights=weights)
         predict: Callable[[Tensor], Mapping[str, Tensor]] = learner.to(where).eval().predict
         data_dir = data_dir or (config.data_dir if data in (None, config.data) else None)
-        limit_test = limit_test or config.limit_test
     else:
         try:
             module, facts = models.load_exported(path)
@@ -93,14 +95,17 @@ def evaluate(
         if missing:
             raise ConfigError(f"{path} does not say its {', '.join(sorted(missing))}; write it with fflfast export")
         if isinstance(module, torch.fx.GraphModule):
-            where = torch.device("cpu")  # a program stays where it was traced
+            if device != "auto" and where.type != "cpu":
+                raise ConfigError(f"--device {device}: a .pt2 program runs where it was traced; take --device cpu")
+            where = torch.device("cpu")
         else:
             cast(nn.Module, module).to(where)
         predict = _naming(facts.get("output", path.stem), module)
     bundle = _open(path, facts, data, data_dir)
     table = normalization_table(facts["mean"], facts["std"]).to(where)
     task = task_of(bundle.num_classes)
-    return score_split(predict, bundle.test, table, task, workers=workers, limit=limit_test) or {}
+    limit = facts.get("limit_test") if limit_test is None else limit_test
+    return score_split(predict, bundle.test, table, task, workers=workers, limit=limit) or {}
 
 
 def export(run: str | Path, out: str | Path | None = None, *, weights: str = "last") -> list[Path]:
@@ -110,13 +115,28 @@ def export(run: str | Path, out: str | Path | None = None, *, weights: str = "la
     torch.export program from normalised images (B, 3, H, W) to logits. Each carries what ``fflfast eval`` needs.
 
     Raises:
-        ConfigError: no run there. CheckpointError: a damaged checkpoint.
+        ConfigError: no run there, or OUT cannot be a folder to write into; nothing was written.
+        CheckpointError: a damaged checkpoint. A damaged last one is named on stderr, and the one before is taken.
+        OSError: the disk refuses; the files that are there are whole.
     """
     run = Path(run)
     config, learner, facts = load_run(run, weights=weights)
     folder = Path(out) if out is not None else (run if run.is_dir() else run.parent) / "export"
-    folder.mkdir(parents=True, exist_ok=True)
-    learner.eval()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no right to write there")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out {folder}: expected a folder to write into ({reason}); choose another") from error
+    try:
+        return _export_all(learner.eval(), folder, facts, config.arch)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write into {folder}: {reason}; free the disk, then export again") from error
+
+
+def _export_all(learner: Learner, folder: Path, facts: Mapping[str, Any], arch: list[str]) -> list[Path]:
     files = []
     for k, sub_network in enumerate(learner.cohort.sub_networks):
         metadata = {**facts, "output": f"sub{k}"}
@@ -124,27 +144,48 @@ def export(run: str | Path, out: str | Path | None = None, *, weights: str = "la
         files.append(models.export_sub_network(sub_network, learner.cohort.trunk, path, metadata=metadata))
     if hasattr(learner.method, "fused_logits"):
         example = torch.zeros(2, 3, facts["image_size"], facts["image_size"])
-        metadata = {**facts, "output": "fused", "arch": config.arch}
+        metadata = {**facts, "output": "fused", "arch": arch}
         files.append(models.export_fused(learner, folder / "fused.pt2", example_images=example, metadata=metadata))
     return files
 
 
 def load_run(path: str | Path, *, weights: str = "last") -> tuple[ResolvedConfig, Learner, dict[str, Any]]:
-    """Return config, learner (on the CPU, with its trained weights) and data facts of a run's folder or checkpoint."""
-    path = Path(path)
-    if not path.is_dir():
-        snapshot = checkpoint.read(path)
-    elif weights == "best":
-        snapshot = checkpoint.read(path / checkpoint.BEST)
-    elif weights == "last":
-        snapshot, _, _ = checkpoint.load_latest(path)
-    else:
-        raise ConfigError(f"--weights: expected last or best, got {weights!r}")
-    facts = snapshot.info["data"]
+    """Return config, learner (on the CPU, with its trained weights) and data facts of a run's folder or checkpoint.
+
+    The facts are what an exported file carries: the data set, its classes and normalisation, and ``limit_test``.
+    """
+    snapshot = _snapshot(Path(path), weights)
     config = ResolvedConfig.from_dict(snapshot.info["config"])
+    facts = {**snapshot.info["data"], "limit_test": config.limit_test}
     learner = build_learner(config, len(facts["class_names"]), start=False)
     learner.load_state_dict(checkpoint.under(snapshot.tensors, "learner/"))
     return config, learner, facts
+
+
+def _snapshot(path: Path, weights: str) -> Snapshot:
+    _check_path(path, weights)
+    if not path.is_dir():
+        if not _is_run(path):
+            raise ConfigError(f"{path} is damaged or is no checkpoint of fflfast train; give the folder of a run")
+        return checkpoint.read(path)
+    names = (checkpoint.LAST, checkpoint.PREVIOUS) if weights == "last" else (checkpoint.BEST,)
+    if not any(os.path.exists(path / name) for name in names):
+        raise ConfigError(f"{path} holds no {names[0]}; give the folder of a run of fflfast train")
+    if weights == "best":
+        return checkpoint.read(path / checkpoint.BEST)
+    snapshot, used, warnings = checkpoint.load_latest(path)
+    for warning in warnings:
+        print(f"fflfast: warning: {warning}; took {used.name}", file=sys.stderr)
+    return snapshot
+
+
+def _check_path(path: Path, weights: str) -> None:
+    if weights not in ("last", "best"):
+        raise ConfigError(f"--weights: expected last or best, got {weights!r}")
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+        raise ConfigError(f"{path} does not exist; give the folder of a run, or a file that fflfast wrote")
+    if weights == "best" and not path.is_dir():
+        raise ConfigError(f"--weights best chooses a file in a run's folder, but {path} is a file; leave it away")
 
 
 def _naming(name: str, module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Mapping[str, Tensor]]:

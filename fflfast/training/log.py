@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from ..cohort import StepOutput
+from .config import ConfigError
 
-__all__ = ["Means", "MetricLog", "read_records"]
+__all__ = ["Means", "MetricLog", "read_records", "summary_writer"]
+
+
+_RECORD = {"kind": str, "epoch": int, "step": int}
+"""What every record has, besides its values."""
 
 
 class MetricLog:
@@ -40,9 +45,7 @@ class MetricLog:
                 self._write_row(record)
         self._writer: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self._writer = summary_writer()(str(folder / "tensorboard"), purge_step=step)
 
     def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
         """Append one record; ``kind`` is "train" (an interval of steps) or "epoch" (with the test result)."""
@@ -58,7 +61,7 @@ class MetricLog:
     def _write_row(self, record: dict[str, Any]) -> None:
         row = {key: value for key, value in record.items() if key != "kind"}
         if self._csv is None:
-            self._csv = csv.DictWriter(self._file, list(row))
+            self._csv = csv.DictWriter(self._file, list(row), extrasaction="ignore")
             self._csv.writeheader()
         self._csv.writerow(row)
         self._file.flush()
@@ -76,16 +79,27 @@ class MetricLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, none where there is no file; a last line cut short is left out."""
+    """Return the records of a metrics.jsonl, none where there is no file; lines cut short or damaged are left out."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the process was killed while it wrote this line; nothing can follow it
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in _RECORD.items()):
+            records.append(record)
     return records
+
+
+def summary_writer() -> Any:
+    """Return the class that writes TensorBoard events; ConfigError where that package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(f"--tensorboard needs: pip install tensorboard ({error})") from error
+    return SummaryWriter
 
 
 class Means:

@@ -122,7 +122,8 @@ class Trainer:
             self.reporter.step(at.epoch, at.step)
             if at.step % config.log_every == 0 or at.step == len(self.loader):
                 self._log_interval()
-            if config.checkpoint_every and at.step % config.checkpoint_every == 0:
+            every = config.checkpoint_every or len(self.loader)
+            if at.step % every == 0 or at.step == len(self.loader):
                 self.save()
             self._stop_if_asked()
 

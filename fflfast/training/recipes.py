@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .config import RECIPE_FIELDS, ConfigError, suggest
+
 __all__ = ["DATA_RECIPES", "merge_recipes"]
 
 DEFAULTS: Mapping[str, Any] = {
@@ -37,8 +39,15 @@ DATA_RECIPES: Mapping[str, Mapping[str, Any]] = {
 """By data set: values over the method's recipe; ``ramp_up_epochs`` stands for the method's option of that name."""
 
 
-def merge_recipes(method_recipe: Mapping[str, Any], data: str) -> tuple[dict[str, Any], int]:
-    """Return the values that a run starts from, and the number of epochs for which its milestones and ramp-up hold."""
+def merge_recipes(method_recipe: Mapping[str, Any], data: str) -> tuple[dict[str, Any], int | None]:
+    """Return the values that a run starts from, and the number of epochs for which its milestones and ramp-up hold.
+
+    None for a method that names no epochs. ConfigError where its recipe has a key that no run knows.
+    """
+    known = (*RECIPE_FIELDS, "ramp_up_epochs")
+    for key in method_recipe:
+        if key not in known:
+            raise ConfigError(f"--method: its recipe has the unknown key {key!r}{suggest(str(key), known)}")
     data_recipe = DATA_RECIPES.get(data, {})
     reference = data_recipe if "milestones" in data_recipe else method_recipe
-    return {**DEFAULTS, **method_recipe, **data_recipe}, reference["epochs"]
+    return {**DEFAULTS, **method_recipe, **data_recipe}, reference.get("epochs")

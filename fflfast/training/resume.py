@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,23 @@ from . import checkpoint
 from .arguments import check_types
 from .build import absolute, select_device
 from .checkpoint import CheckpointError, Snapshot
-from .config import MAY_CHANGE, ConfigError, ResolvedConfig, TrainConfig, check_ranges
+from .config import MAY_CHANGE, ConfigError, ResolvedConfig, TrainConfig, check_given, check_ranges, naming, shorten
+from .log import summary_writer
 from .loop import describe_data
 from .report import Reporter
 
 __all__ = ["check_data", "has_checkpoint", "load", "resume"]
 
 
+@naming("--resume")
 def resume(config: TrainConfig, reporter: Reporter) -> tuple[ResolvedConfig, Snapshot] | None:
-    """Return the config and the snapshot to continue from, None for a new run."""
+    """Return the config and the snapshot to continue from, None for a new run.
+
+    What is `TrainConfig.given` must be as the run has it, except for what `MAY_CHANGE`.
+    """
     if config.resume is None:
         return None
+    check_given(config)
     if config.resume == "auto":
         if config.out is None:
             raise ConfigError("--resume auto: continues the run in --out, which is not given; add --out FOLDER")
@@ -39,22 +44,23 @@ def resume(config: TrainConfig, reporter: Reporter) -> tuple[ResolvedConfig, Sna
         raise ConfigError(f"--resume {folder}: {error}") from error
     saved = snapshot.info["config"]
     values = {**saved, "out": str(folder), "resume": str(folder)}
-    for field in dataclasses.fields(TrainConfig):
-        name, given = field.name, getattr(config, field.name)
-        if given == field.default or name in ("out", "resume"):
-            continue
+    asked = config.to_dict()
+    for name in sorted(config.given - {"out", "resume"}):
+        given = asked[name]
         if name in ("data_dir", "init"):
             given = absolute(given)
         if name in MAY_CHANGE:
             values[name] = given
-        elif not _agrees(saved[name], given):
+        elif not _agrees(saved[name], given, name):
             raise ConfigError(
-                f"--resume {folder}: the run has {name} {saved[name]}, got {given}; leave it away to continue that "
-                "run, or start a new one in another --out"
+                f"--resume {folder}: the run has {name} {saved[name]}, got {shorten(given)}; leave it away to continue "
+                "that run, or start a new one in another --out"
             )
     values["device"] = str(select_device(values["device"]))
     resolved = check_types(ResolvedConfig(**values), methods.resolve(saved["method"]).Options)
     check_ranges(resolved)
+    if resolved.tensorboard:
+        summary_writer()
     return resolved, snapshot
 
 
@@ -63,12 +69,11 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / checkpoint.LAST).exists() or (folder / checkpoint.PREVIOUS).exists()
 
 
-def _agrees(old: Any, new: Any) -> bool:
-    if dataclasses.is_dataclass(new) and not isinstance(new, type):
-        new = dataclasses.asdict(new)
-    if isinstance(new, dict):
+def _agrees(old: Any, new: Any, name: str) -> bool:
+    if isinstance(old, dict) and isinstance(new, dict):
         return all(key in old and old[key] == value for key, value in new.items())
-    return bool(old == (list(new) if isinstance(new, tuple) else new)) or new == "auto"
+    by_recipe = new is None and name in ResolvedConfig.__annotations__
+    return bool(old == new) or new == "auto" or by_recipe
 
 
 def load(folder: Path, reporter: Reporter) -> Snapshot:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import platform
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +22,27 @@ from ..cohort import Learner
 from ..data import DataBundle
 from ..tasks import Score
 from .build import build_learner, open_bundle, resolve
-from .checkpoint import Snapshot
-from .config import ConfigError, ResolvedConfig, TrainConfig
+from .checkpoint import LAST, Snapshot
+from .config import ConfigError, ResolvedConfig, TrainConfig, naming
 from .loop import Trainer
 from .report import Reporter, score_table
 from .resume import check_data, has_checkpoint, load, resume
 from .signals import Stopped, StopSignal
 
 __all__ = ["RunResult", "train"]
+
+
+_ABORTED_START = frozenset(
+    (
+        "config.yaml",
+        "metrics.csv",
+        "metrics.jsonl",
+        "metrics.tmp",
+        "tensorboard",
+        f"{LAST}.tmp",
+    )
+)
+"""What a run that dies before its first checkpoint leaves in its folder."""
 
 
 class RunResult(NamedTuple):
@@ -42,7 +57,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> RunResult:
     """Train as configured, or continue a run, and return its scores.
 
     Seeds the global generators of torch, NumPy and Python. SIGTERM and SIGINT save the run and raise `Stopped`,
-    a SystemExit of code 143 or 130; the run then continues with ``resume``, bit for bit.
+    a SystemExit of code 143 or 130; the run then continues with ``resume``, bit for bit. A setting of ``config`` that
+    equals its default counts as not given, so that with ``resume`` it neither changes nor contradicts the run's own;
+    `TrainConfig.from_dict` takes every key as given.
 
     Raises:
         ConfigError: the run cannot start; nothing was written.
@@ -60,14 +77,13 @@ def train(config: TrainConfig, *, quiet: bool = False) -> RunResult:
         resolved, snapshot = resumed
         data, notes = open_bundle(resolved), []
         check_data(snapshot, resolved, data)
-    _set_arithmetic(resolved)
-    learner = build_learner(resolved, data.num_classes, start=snapshot is None)
-    folder = _folder(resolved)
-    if snapshot is None:
-        resolved = _begin(folder, resolved)
-    for line in [*_headline(resolved, data, learner), *notes]:
-        reporter.line(line, style="dim")
-    with StopSignal() as stop:
+    with _arithmetic(resolved), StopSignal() as stop:
+        learner = build_learner(resolved, data.num_classes, start=snapshot is None, tell=notes.append)
+        folder = _folder(resolved)
+        if snapshot is None:
+            resolved = _begin(folder, resolved)
+        for line in [*_headline(resolved, data, learner), *notes]:
+            reporter.line(line, style="dim")
         try:
             trainer = _run(resolved, data, learner, folder, snapshot, reporter, stop)
             baseline = _run_baselines(resolved, data, folder, reporter, stop) if resolved.baseline else {}
@@ -132,16 +148,23 @@ def _run_baselines(
 def _begin(folder: Path, config: ResolvedConfig) -> ResolvedConfig:
     """Make the run's folder and write its config: the first thing that touches the disk."""
     config = dataclasses.replace(config, out=str(folder), resume=None)
+    file = folder / "config.yaml"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        file.write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
         raise ConfigError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from error
     return config
 
 
+@naming("--out")
 def _folder(config: ResolvedConfig) -> Path:
-    """Return the folder of a run; for a new one, one that is empty or does not exist."""
+    """Return the folder of a run; for a new one, one that does not exist or holds nothing but an aborted start."""
     if config.resume and config.out and config.resume != "auto":
         return Path(config.out)
     if config.out is None:
@@ -150,11 +173,10 @@ def _folder(config: ResolvedConfig) -> Path:
         others = (Path(f"{first}-{k}") for k in itertools.count(2))
         return next(path for path in itertools.chain([first], others) if not path.exists())
     folder = Path(config.out)
-    if config.resume != "auto" and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"--out {folder}: exists and is not an empty folder; choose another, or continue the run in it with "
-            f"--resume {folder}"
-        )
+    leftovers = _ABORTED_START if config.resume == "auto" else frozenset()
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - leftovers):
+        advice = f", or continue the run in it with --resume {folder}" if has_checkpoint(folder) else ""
+        raise ConfigError(f"--out {folder}: exists and is not an empty folder; choose another{advice}")
     return folder
 
 
@@ -163,11 +185,21 @@ def _check_baseline(config: ResolvedConfig) -> None:
         raise ConfigError("--baseline trains each network alone, which --method single does already; leave it away")
 
 
-def _set_arithmetic(config: ResolvedConfig) -> None:
+@contextlib.contextmanager
+def _arithmetic(config: ResolvedConfig) -> Iterator[None]:
+    """Choose the algorithms of a run; the caller's own choice is back afterwards."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def _headline(config: ResolvedConfig, data: DataBundle, learner: Learner) -> list[str]:
@@ -186,7 +218,8 @@ def _headline(config: ResolvedConfig, data: DataBundle, learner: Learner) -> lis
 
 def _write_summary(result: RunResult, config: ResolvedConfig, trainer: Trainer) -> None:
     at = trainer.position
-    images = (config.limit_train or len(trainer.data.train)) * config.epochs
+    loader = trainer.loader
+    images = min(loader.num_images, len(loader) * loader.batch_size) * config.epochs  # drop_last may leave one out
     scores = {name: score._asdict() | {"accuracy": score.value} for name, score in result.scores.items()}
     summary = {
         "scores": scores,
