@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from rich.console import Console
-from runs import flags, run, small, start
+from training_runs import flags, run, small, start
 
 from fflfast import cli
 from fflfast.cli import main

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from runs import run
+from training_runs import run
 
 from fflfast.cli import main
 from fflfast.models import load_exported

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, STEPS, assert_same, flags, run, small, start, tensors
+from training_runs import SMALL, STEPS, assert_same, flags, run, small, start, tensors
 
 from fflfast.cli import main
 from fflfast.tasks import Classification

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runs import flags, run, small
+from training_runs import flags, run, small
 
 from fflfast.cli import main
 from fflfast.training import TrainConfig, resume

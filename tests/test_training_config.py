@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import assert_same, flags, run, small, tensors
+from training_runs import assert_same, flags, run, small, tensors
 
 from fflfast import models
 from fflfast.cli import main

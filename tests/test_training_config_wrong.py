@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import flags, small
+from training_runs import flags, small
 
 from fflfast.cli import main
 from fflfast.methods import DML

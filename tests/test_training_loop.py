@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SMALL, STEPS, Noisy, assert_same, run, small, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import SMALL, STEPS, Noisy, assert_same, run, small, tensors
 
 from fflfast.data import Batch, Loader
 from fflfast.ops.augment import augment, normalization_table, normalize
