@@ -18,7 +18,7 @@ from fflfast.tasks import Classification
 from fflfast.training import ConfigError, Stopped, TrainConfig, checkpoint, loop, train
 from fflfast.training.step import TrainStep
 
-NOISY = {"method": "runs:Noisy", "checkpoint_every": 2}
+NOISY = {"method": "training_runs:Noisy", "checkpoint_every": 2}
 
 
 @pytest.fixture(autouse=True)

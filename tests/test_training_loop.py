@@ -250,7 +250,7 @@ def test_compile_is_asked_of_each_part_and_changes_no_name(tmp_path, monkeypatch
 
 
 def test_a_method_by_import_path(tmp_path):
-    result = train(small(tmp_path / "run", method="runs:Noisy"), quiet=True)
+    result = train(small(tmp_path / "run", method="training_runs:Noisy"), quiet=True)
     assert list(result.scores) == ["sub0", "sub1", "ensemble", "fused"]
     assert Noisy.recipe["epochs"] == 300
 
