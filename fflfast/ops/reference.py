@@ -42,15 +42,29 @@ def _row_state(logits: Tensor, target: Tensor | None, ignore_index: int) -> tupl
     return counted, counted & ((target < 0) | (target >= logits.shape[-1]))
 
 
-def _target_probabilities(target: Tensor, like: Tensor, label_smoothing: float) -> Tensor:
-    """The target as probabilities (..., C): one-hot rows or the given ones, smoothed as F.cross_entropy does."""
-    num_classes = like.shape[-1]
+def _cross_entropy(log_p: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """CE per row as F.cross_entropy has it: −Σ_c y_c log p_c, where y_c = 0 contributes 0 whatever log p_c is."""
     if target.is_floating_point():
-        y = target.to(like.dtype)
-    else:
-        safe = target.clamp(0, num_classes - 1).unsqueeze(-1)
-        y = torch.zeros_like(like, memory_format=torch.contiguous_format).scatter(-1, safe, 1.0)
-    return y if label_smoothing == 0.0 else y * (1.0 - label_smoothing) + label_smoothing / num_classes
+        y = _smoothed(target.to(log_p.dtype), smoothing)
+        return -(y * log_p).masked_fill_(y == 0, 0.0).sum(-1)
+    safe = target.clamp(0, log_p.shape[-1] - 1).unsqueeze(-1)
+    right = log_p.gather(-1, safe).squeeze(-1)
+    return -right if smoothing == 0.0 else -((1.0 - smoothing) * right + smoothing * log_p.mean(-1))
+
+
+def _cross_entropy_gradient(p: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Σ_c y_c · p − y, written over p."""
+    if target.is_floating_point():
+        y = _smoothed(target.to(p.dtype), smoothing)
+        return p.mul_(y.sum(-1, keepdim=True)).sub_(y)
+    safe = target.clamp(0, p.shape[-1] - 1).unsqueeze(-1)
+    if smoothing:
+        p.sub_(smoothing / p.shape[-1])
+    return p.scatter_add_(-1, safe, torch.full_like(safe, smoothing - 1.0, dtype=p.dtype))
+
+
+def _smoothed(y: Tensor, smoothing: float) -> Tensor:
+    return y if smoothing == 0.0 else y * (1.0 - smoothing) + smoothing / y.shape[-1]
 
 
 def _beside(logits: Tensor, *scalars: Tensor) -> list[Tensor]:
@@ -64,14 +78,9 @@ def _weighted(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, torch.zeros((), dtype=value.dtype, device=value.device), weight * value)
 
 
-def _teaching(u_teacher: Tensor, u_student: Tensor, temperature: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """(q, p_t, p_s, ℓ) of one edge, each (..., C): q = p_t + ε, ℓ = log q − log p_s, with ℓ = 0 where q = 0."""
-    log_t = torch.log_softmax(u_teacher / temperature, -1)
-    log_s = torch.log_softmax(u_student / temperature, -1)
-    p_t = log_t.exp()
-    q = p_t + eps if eps else p_t
-    log_ratio = (q.log() if eps else log_t) - log_s
-    return q, p_t, log_s.exp(), torch.where(q == 0, torch.zeros_like(q), log_ratio)
+def _log_ratio(q: Tensor, log_q: Tensor, log_s: Tensor) -> Tensor:
+    """ℓ = log q − log p_s of one edge, 0 where the teacher has no mass."""
+    return (log_q - log_s).masked_fill_(q == 0, 0.0)
 
 
 def distill_loss(
@@ -95,16 +104,19 @@ def distill_loss(
     counted, bad = _row_state(u[0], target, ignore_index)
     rows: list[Tensor] = []
     weights: list[Tensor] = []
-    if graph.ce_terms:
+    for i in graph.ce_terms:
         assert target is not None  # checked by the public function
-        y = _target_probabilities(target, u[0], label_smoothing)
-        for i in graph.ce_terms:
-            log_p = torch.log_softmax(u[i], -1)
-            rows.append(-torch.where(y == 0, torch.zeros_like(y), y * log_p).sum(-1))
-            weights.append(ce_weight * graph.ce_weights[i])
+        rows.append(_cross_entropy(torch.log_softmax(u[i], -1), target, label_smoothing))
+        weights.append(ce_weight * graph.ce_weights[i])
+    used = {d for edge in graph.edges for d in edge[:2]}
+    log_p = {d: torch.log_softmax(u[d] / temperature, -1) for d in used}
     for edge in graph.edges:
-        q, _, _, log_ratio = _teaching(u[edge.teacher], u[edge.student], temperature, target_eps)
-        rows.append(temperature * temperature * (q * log_ratio).sum(-1))
+        log_q, log_s = log_p[edge.teacher], log_p[edge.student]
+        q = log_q.exp()
+        if target_eps:
+            q += target_eps
+            log_q = q.log()
+        rows.append(temperature * temperature * _log_ratio(q, log_q, log_s).mul_(q).sum(-1))
         weights.append(kl_weight * edge.weight)
 
     zero = torch.zeros((), dtype=u[0].dtype, device=u[0].device)
@@ -148,52 +160,55 @@ def distill_loss_backward(
     temperature, kl_weight, ce_weight = _beside(u[0], temperature, kl_weight, ce_weight)
     counted, bad = _row_state(u[0], target, ignore_index)
     dtype, num_classes = u[0].dtype, u[0].shape[-1]
-    zero = torch.zeros((), dtype=dtype, device=u[0].device)
     scale = grad_loss.to(dtype)
     if reduction == "mean":
         scale = scale / counted.sum().clamp(min=1).to(dtype)
-    scale = scale.expand(counted.shape).unsqueeze(-1)  # (..., 1): what one row's loss weighs in the whole
-    grads: list[Tensor | None] = [None] * len(logits)
+    # What one row's loss weighs in the whole: (..., 1), or 0-dim where all rows weigh the same.
+    scale = scale.unsqueeze(-1) if reduction == "none" else scale
+    grads = [torch.zeros_like(z, memory_format=torch.contiguous_format) for z in u[: len(logits)]]
 
-    def add(i: int, weight: Tensor, value: Tensor) -> None:
+    for i in graph.ce_terms:
         if needs_grad[i]:
-            share, so_far = _weighted(weight * scale, value), grads[i]
-            grads[i] = share if so_far is None else so_far + share
-
-    if graph.ce_terms:
-        assert target is not None
-        y = _target_probabilities(target, u[0], label_smoothing)
-        mass = y.sum(-1, keepdim=True) if target.is_floating_point() else torch.ones_like(zero)
-        for i in graph.ce_terms:
-            add(i, ce_weight * graph.ce_weights[i], mass * torch.softmax(u[i], -1) - y)
+            assert target is not None
+            gradient = _cross_entropy_gradient(torch.softmax(u[i], -1), target, label_smoothing)
+            grads[i] += gradient.mul_(ce_weight * graph.ce_weights[i] * scale)
+    used = {d for edge in graph.edges for d in edge[:2]}
+    p = {d: torch.softmax(u[d] / temperature, -1) for d in used}
     for edge in graph.edges:
-        q, p_t, p_s, log_ratio = _teaching(u[edge.teacher], u[edge.student], temperature, target_eps)
-        weight = kl_weight * temperature * edge.weight
-        add(edge.student, weight, (1.0 + target_eps * num_classes) * p_s - q)
+        p_t, p_s = p[edge.teacher], p[edge.student]
+        weight = kl_weight * temperature * edge.weight * scale
+        if needs_grad[edge.student]:
+            gradient = ((1.0 + target_eps * num_classes) * p_s - target_eps if target_eps else p_s) - p_t
+            grads[edge.student] += gradient.mul_(weight)
         if not edge.detach:
-            log_ratio = torch.where(p_t == 0, zero, log_ratio)
-            mean = (p_t * log_ratio).sum(-1, keepdim=True)
-            # A student without mass where the teacher has some: the loss is +inf there and has no gradient.
-            mean = torch.where(mean.isinf(), zero / zero, mean)
-            gradient = p_t * (log_ratio - mean)
-            if edge.teacher < graph.num_logits:
-                add(edge.teacher, weight, gradient)
-            else:
-                for j, a in enumerate(graph.mixtures[edge.teacher - graph.num_logits]):
-                    if a != 0.0:
-                        add(j, weight * a, gradient)
+            gradient = _teacher_gradient(u[edge.teacher], u[edge.student], p_t, temperature, target_eps)
+            row = [float(j == edge.teacher) for j in range(len(logits))]
+            if edge.teacher >= graph.num_logits:
+                row = list(graph.mixtures[edge.teacher - graph.num_logits])
+            for j, a in enumerate(row):
+                if a != 0.0 and needs_grad[j]:
+                    grads[j] += _weighted(weight * a, gradient)
 
     results = []
     for i, z in enumerate(logits):
         if not needs_grad[i]:
             results.append(z.new_empty(0))
             continue
-        g = grads[i]
-        g = zero.expand(z.shape) if g is None else torch.where(counted.unsqueeze(-1), g, zero)
+        g = grads[i].masked_fill_(~counted.unsqueeze(-1), 0.0)
         if bad is not None:
-            g = torch.where(bad.unsqueeze(-1), zero / zero, g)
-        results.append(g.to(z.dtype).contiguous())
+            g.masked_fill_(bad.unsqueeze(-1), float("nan"))
+        results.append(g.to(z.dtype))
     return results
+
+
+def _teacher_gradient(u_t: Tensor, u_s: Tensor, p_t: Tensor, temperature: Tensor, eps: float) -> Tensor:
+    """p_t ⊙ (ℓ − ⟨p_t, ℓ⟩), what a trainable teacher gets of one edge before its weight."""
+    log_q = (p_t + eps).log() if eps else torch.log_softmax(u_t / temperature, -1)
+    # Where p_t = 0 there is nothing to gain, whatever ε makes of ℓ there.
+    log_ratio = _log_ratio(p_t, log_q, torch.log_softmax(u_s / temperature, -1))
+    mean = (p_t * log_ratio).sum(-1, keepdim=True)
+    # A student without mass where the teacher has some: the loss is +inf there and has no gradient.
+    return p_t * (log_ratio - mean.masked_fill_(mean.isinf(), float("nan")))
 
 
 # ---- fuse_features --------------------------------------------------------------------------------------------
