@@ -33,8 +33,8 @@ $(BARE)/installed: constraints-bare.txt pyproject.toml
 	$(BARE)/bin/python $(PIP) --constraint constraints-bare.txt torch numpy pytest
 	touch $@
 
-# One thread: on images this small a second one gains a quarter on an idle machine (29 against 39 ms a step) and costs
-# a factor of ten and more on a busy one, where the threads wait for each other.
+# One thread: on images this small a second one gains little on an idle machine, and on a busy one the threads spend
+# their time waiting for each other.
 demo: $(VENV)/train
 	OMP_NUM_THREADS=1 $(VENV)/bin/fflfast train --data digits --arch resnet20 --arch resnet20 --method ffl --baseline \
 		--out runs/demo-$$(date +%Y%m%d-%H%M%S)
