@@ -1,31 +1,47 @@
 # make demo   train FFL on real digits, from nothing but Python ≥ 3.10
 # make test   the whole test suite, with its own set-up
 # make lint   ruff and mypy alone
+# make bench  the operators' benchmarks on this machine
+# make gpu    on a machine with a GPU: build, tests, race and memory checks, benchmarks; results go to $OUT
 # make clean  the virtual environments and what they left
 
 PYTHON ?= python3
 VENV := .venv
 BARE := .venv-bare
+OLDEST := .venv-oldest
+WHEEL := build/wheel
+# What needs neither an extra nor Triton.
 CORE_TESTS := test_bare_install.py test_graph.py test_distill_loss.py test_distill_loss_rows.py \
-	test_distill_loss_composition.py test_fuse_features.py test_cohort.py test_compat.py
+	test_distill_loss_composition.py test_drop_in.py test_doctor.py test_fuse_features.py test_cohort.py \
+	test_compat.py
+# What tells whether one build of the kernels works with another PyTorch.
+KERNEL_TESTS := test_distill_loss.py test_distill_loss_rows.py
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint bare clean
+.PHONY: demo test lint wheel bare oldest bench gpu clean
 
 $(VENV)/base: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fflfast needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; say make PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "installing PyTorch into $(VENV) (a few minutes, some gigabytes)"
-	$(VENV)/bin/python $(PIP) --constraint constraints.txt torch torchvision
+	$(VENV)/bin/python $(PIP) --constraint constraints.txt torch torchvision setuptools ninja
 	touch $@
 
+# The kernels are built with the torch that is there, which pip's isolated builds cannot see.
 $(VENV)/train: $(VENV)/base pyproject.toml
-	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[train]'
+	FFLFAST_BUILD=$${FFLFAST_BUILD:-cpu} PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+		$(VENV)/bin/python $(PIP) --no-build-isolation --constraint constraints.txt --editable '.[train]'
 	touch $@
 
-$(VENV)/dev: $(VENV)/base pyproject.toml
-	$(VENV)/bin/python $(PIP) --constraint constraints.txt --editable '.[dev]'
+$(VENV)/dev: $(VENV)/base pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+		$(VENV)/bin/python $(PIP) --no-build-isolation --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/train
+
+$(OLDEST)/installed: constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) --constraint constraints-oldest.txt torch numpy pytest
+	touch $@
 
 # torch and numpy alone: what `pip install .` promises to need.
 $(BARE)/installed: constraints-bare.txt pyproject.toml
@@ -44,12 +60,28 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bare: $(BARE)/installed
-	$(BARE)/bin/python $(PIP) --force-reinstall --no-deps .
-	cd tests && ../$(BARE)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . $(CORE_TESTS)
+# One wheel, built with the newest torch, for the two environments below.
+wheel: $(VENV)/dev
+	rm -rf $(WHEEL)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+		$(VENV)/bin/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir $(WHEEL) .
 
-test: lint bare
-	$(VENV)/bin/python -m pytest
+bare: $(BARE)/installed wheel
+	$(BARE)/bin/python $(PIP) --force-reinstall --no-deps $(WHEEL)/*.whl
+	cd tests && FFLFAST_TEST_BACKENDS='reference cpu' ../$(BARE)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . $(CORE_TESTS)
+
+oldest: $(OLDEST)/installed wheel
+	$(OLDEST)/bin/python $(PIP) --force-reinstall --no-deps $(WHEEL)/*.whl
+	cd tests && FFLFAST_TEST_BACKENDS='reference cpu' ../$(OLDEST)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . $(KERNEL_TESTS)
+
+test: lint bare oldest
+	FFLFAST_TEST_BACKENDS='reference cpu triton emulated' $(VENV)/bin/python -m pytest
+
+bench: $(VENV)/dev
+	$(VENV)/bin/python -m benchmarks.loss
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(OUT),--out $(OUT))
 
 clean:
-	rm -rf $(VENV) $(BARE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BARE) $(OLDEST) build dist *.egg-info fflfast/*.so .pytest_cache .mypy_cache .ruff_cache
