@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -95,25 +96,25 @@ def distill_loss(
         >>> loss.backward()
     """
     logits = _checked_logits("distill_loss", logits, graph)
-    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"distill_loss: ignore_index must be an int, got {ignore_index!r}")
-    ignore_index = int(ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"distill_loss: ignore_index must fit int64, got {ignore_index}")
-    target = _checked_target("distill_loss", target, logits[0], graph, ignore_index)
-    label_smoothing = _in_range("distill_loss", "label_smoothing", label_smoothing, 0.0, 1.0)
-    target_eps = _in_range("distill_loss", "target_eps", target_eps, 0.0, math.inf)
-    if reduction not in ("none", "mean", "batchmean", "sum"):
-        raise ValueError(f"distill_loss: reduction must be none, mean, batchmean or sum, got {reduction!r}")
+    traced = _op.is_traced(logits[0])
+    settings = _checked_settings if traced else _cached_settings
+    options = settings(graph, label_smoothing, ignore_index, target_eps, reduction)
+    target = _checked_target("distill_loss", target, logits[0], graph)
+    dtype = accumulation_dtype(logits[0].dtype)
     scalars = (
-        _scalar("temperature", temperature, logits[0], positive=True),
-        _scalar("kl_weight", kl_weight, logits[0]),
-        _scalar("ce_weight", ce_weight, logits[0]),
+        _scalar("temperature", temperature, logits[0], dtype, traced),
+        _scalar("kl_weight", kl_weight, logits[0], dtype, traced),
+        _scalar("ce_weight", ce_weight, logits[0], dtype, traced),
     )
-    options = _op.LossOptions(
-        graph, label_smoothing, ignore_index, target_eps, "mean" if reduction == "batchmean" else reduction
-    )
-    return DistillLossOutput(*_op.distill_loss(logits, target, scalars, options))
+    if traced or target is None or not target.is_cpu or target.is_floating_point():
+        return DistillLossOutput(*_op.distill_loss(logits, target, scalars, options, traced))
+    if options.reduction == "none":
+        _check_classes("distill_loss", target, logits[0].shape[-1], options.ignore_index)
+    output = DistillLossOutput(*_op.distill_loss(logits, target, scalars, options, traced))
+    # A class out of range makes the whole loss NaN, so that a good batch need not be looked through.
+    if options.reduction != "none" and math.isnan(output.loss.item()):
+        _check_classes("distill_loss", target, logits[0].shape[-1], options.ignore_index)
+    return output
 
 
 _KL_GRAPHS = {
@@ -214,6 +215,8 @@ def _checked_logits(op: str, logits: Sequence[Tensor], graph: DistillGraph) -> l
         raise ValueError(
             f"{op}: the graph has {graph.num_logits} logits tensors ({', '.join(graph.logit_names)}), got {len(logits)}"
         )
+    if _alike(logits):
+        return [_savable(z) for z in logits]
     dtype: torch.dtype | None = None
     for name, z in zip(graph.logit_names, logits, strict=True):
         if not isinstance(z, Tensor) or not z.is_floating_point():
@@ -239,9 +242,45 @@ def _checked_logits(op: str, logits: Sequence[Tensor], graph: DistillGraph) -> l
     return [_savable(z.to(dtype)) for z in logits]
 
 
-def _checked_target(
-    op: str, target: Tensor | None, like: Tensor, graph: DistillGraph, ignore_index: int
-) -> Tensor | None:
+def _alike(logits: Sequence[Tensor]) -> bool:
+    """Whether all is as it mostly is, at the least cost: what follows words the errors and promotes dtypes."""
+    first = logits[0]
+    if not isinstance(first, Tensor) or first.dtype not in _DTYPES or first.dim() == 0:
+        return False
+    shape, dtype, device = first.shape, first.dtype, first.device
+    return shape[-1] != 0 and all(
+        isinstance(z, Tensor)
+        and z.dtype is dtype
+        and z.shape == shape
+        and z.device == device
+        and z.layout is torch.strided
+        for z in logits
+    )
+
+
+def _checked_settings(
+    graph: DistillGraph, label_smoothing: float, ignore_index: int, target_eps: float, reduction: str
+) -> _op.LossOptions:
+    """What is fixed when a loss is written down."""
+    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"distill_loss: ignore_index must be an int, got {ignore_index!r}")
+    ignore_index = int(ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"distill_loss: ignore_index must fit int64, got {ignore_index}")
+    label_smoothing = _in_range("distill_loss", "label_smoothing", label_smoothing, 0.0, 1.0)
+    target_eps = _in_range("distill_loss", "target_eps", target_eps, 0.0, math.inf)
+    if reduction not in ("none", "mean", "batchmean", "sum"):
+        raise ValueError(f"distill_loss: reduction must be none, mean, batchmean or sum, got {reduction!r}")
+    return _op.LossOptions(
+        graph, label_smoothing, ignore_index, target_eps, "mean" if reduction == "batchmean" else reduction
+    )
+
+
+# In a training step the settings are those of the step before. Typed, so that True is not taken for 1.
+_cached_settings = lru_cache(maxsize=256, typed=True)(_checked_settings)
+
+
+def _checked_target(op: str, target: Tensor | None, like: Tensor, graph: DistillGraph) -> Tensor | None:
     if target is None:
         if graph.needs_target:
             raise ValueError(f"{op}: the graph has cross-entropy terms, so target must be given, got None")
@@ -269,14 +308,16 @@ def _checked_target(
             f"{op}: class indices must have the shape {tuple(like.shape[:-1])} of the rows of logits "
             f"{tuple(like.shape)}, got {tuple(target.shape)}"
         )
-    if target.device.type == "cpu" and target.numel() and not _op.is_traced(target):
-        bad = (target != ignore_index) & ((target < 0) | (target >= like.shape[-1]))
-        if bool(bad.any()):
-            raise ValueError(
-                f"{op}: class indices must be in [0, {like.shape[-1]}) or ignore_index={ignore_index}, got "
-                f"{int(target[bad][0])}"
-            )
     return _savable(target)
+
+
+def _check_classes(op: str, target: Tensor, num_classes: int, ignore_index: int) -> None:
+    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    if bool(bad.any()):
+        raise ValueError(
+            f"{op}: class indices must be in [0, {num_classes}) or ignore_index={ignore_index}, got "
+            f"{int(target[bad][0])}"
+        )
 
 
 def _savable(tensor: Tensor) -> Tensor:
@@ -304,9 +345,10 @@ def _in_range(op: str, name: str, value: float, low: float, high: float) -> floa
     return float(value)
 
 
-def _scalar(name: str, value: Scalar, like: Tensor, *, positive: bool = False) -> Tensor:
-    """T, λ or μ as a 0-dim tensor in the accumulation dtype, where it is or on the CPU."""
-    dtype = accumulation_dtype(like.dtype)
+def _scalar(name: str, value: Scalar, like: Tensor, dtype: torch.dtype, traced: bool) -> Tensor:
+    """T, λ or μ as a 0-dim tensor of `dtype`, where it is or on the CPU."""
+    if not traced and type(value) is float:
+        return _constant(name, value, dtype)
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(
@@ -316,19 +358,29 @@ def _scalar(name: str, value: Scalar, like: Tensor, *, positive: bool = False) -
             raise ValueError(f"distill_loss: {name} must not require grad (it gets none); pass {name}.detach()")
         if value.device.type != "cpu" and value.device != like.device:
             raise ValueError(f"distill_loss: {name} must be on the CPU or on {like.device}, got {value.device}")
-        if value.device.type == "cpu" and not _op.is_traced(value):
-            _check_value(name, value.item(), positive, dtype)
+        if value.device.type == "cpu" and not traced and not _op.is_traced(value):
+            _check_value(name, value.item(), dtype)
         return _savable(value.to(dtype))
     if not _is_number(value):
         raise TypeError(f"distill_loss: {name} must be a number or a 0-dim tensor, got {value!r}")
-    _check_value(name, value, positive, dtype)
-    # Under compile any other way to make a tensor of a float recompiles at each new value.
+    if not traced:
+        return _constant(name, float(value), dtype)
+    _check_value(name, value, dtype)
+    # Any other way to make a tensor of a float recompiles at each new value.
     return torch.ones((), dtype=dtype) * value
 
 
-def _check_value(name: str, value: float, positive: bool, dtype: torch.dtype) -> None:
+@lru_cache(maxsize=256)
+def _constant(name: str, value: float, dtype: torch.dtype) -> Tensor:
+    """A checked number as a tensor on the CPU. Operators only read it, so that equal numbers may share one."""
+    _check_value(name, value, dtype)
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _check_value(name: str, value: float, dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
-    if positive and not value >= limits.tiny:
+    if name == "temperature" and not value >= limits.tiny:
         raise ValueError(f"distill_loss: {name} must be greater than 0 (at least {limits.tiny:.3g}), got {value}")
     if not (-limits.max <= value <= limits.max):
         raise ValueError(f"distill_loss: {name} must be finite in {dtype}, got {value}")

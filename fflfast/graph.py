@@ -103,6 +103,9 @@ class DistillGraph:
         object.__setattr__(self, "term_names", tuple(terms))
         object.__setattr__(self, "key", str((m, ce, rows, tuple(tuple(e) for e in arrows), full_names)))
 
+    def __hash__(self) -> int:
+        return hash(self.key)  # which a string computes once
+
     @property
     def num_mixtures(self) -> int:
         """V, the number of mixtures."""

@@ -7,8 +7,18 @@ import os
 # The tensors here are small: one thread is fastest, and two that must wait for each other on a busy machine are
 # slower by orders of magnitude. Set before torch is imported, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# FFLFAST_TEST_DEVICE=cuda runs the operators' tests on a GPU; without one, Triton's kernels run under its interpreter,
+# which Triton must know when it is imported.
+DEVICE = os.environ.get("FFLFAST_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
+import operator_backends
 import pytest
+import torch
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(params=["eager", "registered"])
@@ -18,4 +28,11 @@ def route(request, monkeypatch):
 
     if request.param == "registered":
         monkeypatch.setattr(distill_loss, "is_traced", lambda tensor: True)
+    return request.param
+
+
+@pytest.fixture(params=operator_backends.NAMES)
+def backend(request, monkeypatch):
+    """Every backend that can run here in turn, the CUDA kernels in their emulation; none may refuse a case."""
+    operator_backends.use(request.param, monkeypatch)
     return request.param

@@ -14,7 +14,7 @@ from fflfast import DistillGraph, distill_loss, kd_loss, kl_div_with_logits
 FFL = GRAPHS["ffl2"]
 INF = math.inf
 
-pytestmark = pytest.mark.usefixtures("route")
+pytestmark = pytest.mark.usefixtures("route", "backend")
 
 
 # ---- numbers
@@ -96,7 +96,7 @@ def test_kl_div_with_logits_none_is_one_value_a_row():
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_kl_div_with_logits_detaches_the_teacher_on_request(detach):
-    s, t = (z.requires_grad_() for z in random_logits(2, (5, 12), torch.float64))
+    s, t = (z.requires_grad_() for z in random_logits(2, (2, 3), torch.float64))
     kl_div_with_logits(s, t, detach_teacher=detach).backward()
     assert s.grad is not None
     assert (t.grad is None) == detach or not t.grad.any()
@@ -132,8 +132,8 @@ def test_gradcheck_with_trainable_teachers(reduction):
     graph = DistillGraph(
         3, (1, 0.5, 0), ((0.25, 0.5, 0.75),), ((2, 0, 0.7, False), (3, 1, 1.3, False), (0, 2, -0.4, False))
     )
-    logits = [z.requires_grad_() for z in random_logits(3, (3, 4), torch.float64, scale=1.0)]
-    y = torch.tensor([0, -100, 3])
+    logits = [z.requires_grad_() for z in random_logits(3, (2, 3), torch.float64, scale=1.0)]
+    y = torch.tensor([2, -100])
 
     def loss(*z):
         return distill_loss(

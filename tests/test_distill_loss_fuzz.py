@@ -6,13 +6,17 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from operator_backends import NAMES
 from truth import run
 
 from fflfast import DistillGraph, distill_loss
 
 INF = math.inf
+# Triton's interpreter and the emulation of CUDA are slower by orders of magnitude.
+SLOW = [name for name in ("triton", "emulated") if name in NAMES]
+NATIVE = [name for name in NAMES if name not in SLOW]
 
 
 def log_softmax(row):
@@ -83,32 +87,55 @@ def cases(draw):
     return graph, values, target
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(
+settings_of_a_case = given(
     case=cases(),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
     kl_weight=st.sampled_from([0.3, 1.0]),
     smoothing=st.sampled_from([0.0, 0.1]),
     eps=st.sampled_from([0.0, 1e-7, 0.01]),
+    reduction=st.sampled_from(["none", "sum"]),
 )
-def test_random_graphs_and_rows(case, temperature, kl_weight, smoothing, eps):
+# The backend stays the same for all examples of one test.
+SUPPRESSED = [HealthCheck.function_scoped_fixture]
+
+
+@pytest.mark.parametrize("backend", NATIVE, indirect=True)
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
+@settings_of_a_case
+def test_random_graphs_and_rows(backend, **case):
+    check(**case)
+
+
+@pytest.mark.parametrize("backend", SLOW, indirect=True)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
+@settings_of_a_case
+def test_random_graphs_and_rows_in_slow_motion(backend, **case):
+    check(**case)
+
+
+def check(case, temperature, kl_weight, smoothing, eps, reduction):
     graph, values, target = case
     logits = [torch.tensor(z, dtype=torch.float64) for z in values]
     # λ and T that float32 holds exactly, as scalars are kept in the accumulation dtype anyway.
     loss, _, grads = run(
         distill_loss, logits, torch.tensor(target), graph, temperature=temperature, kl_weight=kl_weight,
-        label_smoothing=smoothing, target_eps=eps, reduction="none",
+        label_smoothing=smoothing, target_eps=eps, reduction=reduction,
     )  # fmt: skip
+    total = 0.0
     for r, y in enumerate(target):
         if y == -100:
-            assert loss[r] == 0
+            assert reduction == "sum" or loss[r] == 0
             assert all((g[r] == 0).all() for g in grads)
             continue
         expected, gradients = scalar_row([z[r] for z in values], y, graph, temperature, kl_weight, 1.0, smoothing, eps)
-        assert loss[r].item() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
+        total += expected
+        if reduction == "none":
+            assert loss[r].item() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
         for got, wanted in zip(grads, gradients, strict=True):
             # A row without a single class, or a teacher that wants the impossible, has no gradient at all.
             if not any(math.isnan(v) for v in wanted):
                 assert got[r].tolist() == pytest.approx(wanted, rel=1e-8, abs=1e-8)
             else:
                 assert got[r].isnan().any()
+    if reduction == "sum":
+        assert loss.item() == pytest.approx(total, rel=1e-9, abs=1e-9, nan_ok=True)

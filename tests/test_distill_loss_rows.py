@@ -14,7 +14,7 @@ from fflfast import DistillGraph, distill_loss, kd_loss, kl_div_with_logits
 FFL = GRAPHS["ffl2"]
 INF = math.inf
 
-pytestmark = pytest.mark.usefixtures("route")
+pytestmark = pytest.mark.usefixtures("route", "backend")
 
 
 # ---- rows that do not count

@@ -118,7 +118,8 @@ def assert_contract(ours, logits, target, graph, *, temperature=1.0, kl_weight=1
 def random_logits(count: int, shape: tuple[int, ...], dtype=torch.float32, scale=3.0, seed=0) -> list[Tensor]:
     """`count` tensors of normal logits."""
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype) for _ in range(count)]
+    wide = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    return [(torch.randn(shape, **wide) * scale).to(torch.get_default_device(), dtype) for _ in range(count)]
 
 
 def target_for(graph, shape, seed=1):
@@ -126,7 +127,7 @@ def target_for(graph, shape, seed=1):
     if not graph.needs_target:
         return None
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(shape[-1], shape[:-1], generator=generator)
+    return torch.randint(shape[-1], shape[:-1], generator=generator, device="cpu").to(torch.get_default_device())
 
 
 GRAPHS = {

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import native
+
 __all__ = ["NAMES", "Implementation", "backends", "choose", "use_backend"]
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "cpu", "triton", "reference")
 ENVIRONMENT_VARIABLE = "FFLFAST_BACKEND"
 
 # The blocks of use_backend that are open, innermost last. A plain list, because torch.compile traces and guards it
@@ -36,16 +38,20 @@ class Implementation:
     refuses: Callable[..., str | None]
 
 
-_missing = {
-    "cuda": "this version of fflfast has no CUDA kernels",
-    "triton": "this version of fflfast has no Triton kernels",
-    "cpu": "this version of fflfast has no native CPU kernels",
-}
+def missing(name: str) -> str | None:
+    """The reason why a backend is not available in this process, or None when it is."""
+    if name in ("cpu", "cuda"):
+        return native.load(name)
+    if name == "triton":
+        from .. import kernels  # when first asked for
+
+        return kernels.available()
+    return None
 
 
 def backends() -> dict[str, str]:
     """What is there, by name: ``"available"``, or the reason why a backend is not."""
-    return {name: _missing.get(name, "available") for name in NAMES}
+    return {name: missing(name) or "available" for name in NAMES}
 
 
 def _checked(name: str, origin: str) -> str:
@@ -69,8 +75,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: an unknown name, or a backend that is not available here (with the reason).
     """
     _checked(name, "use_backend")
-    if name in _missing:
-        raise ValueError(f"use_backend: {name} is not available: {_missing[name]}; fflfast.backends() lists what is")
+    if name != "auto" and (reason := missing(name)) is not None:
+        raise ValueError(f"use_backend: {name} is not available: {reason}; fflfast.backends() lists what is")
     _forced.append(name)
     try:
         yield
@@ -86,8 +92,12 @@ def choose(operator: str, implementations: Mapping[str, Implementation], *case: 
     """
     name = forced_backend()
     if name != "auto":
+        if (absent := missing(name)) is not None:
+            raise ValueError(f"{operator}: the forced backend {name} is not available: {absent}")
         if name not in implementations:
-            raise ValueError(f"{operator}: the forced backend {name} is not available: {_missing[name]}")
+            raise ValueError(
+                f"{operator}: has no kernels for the forced backend {name}, only for {', '.join(implementations)}"
+            )
         reason = implementations[name].refuses(*case)
         if reason is not None:
             raise ValueError(f"{operator}: the forced backend {name} cannot take this call: {reason}")

@@ -94,10 +94,11 @@ def distill_loss(
     ignore_index: int,
     target_eps: float,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """Loss (rows of shape (...) for reduction none, else 0-dim) and terms (num_terms,) of a distillation graph.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (rows of shape (...) for reduction none, else 0-dim), terms (num_terms,) and row statistics of a graph.
 
-    Formula: the docstring of `fflfast.graph`. The logits are of one shape and dtype; T, λ and μ are 0-dim.
+    Formula: the docstring of `fflfast.graph`. The logits are of one shape and dtype; T, λ and μ are 0-dim. The
+    statistics are what a kernel's backward starts from, see `row_statistics`.
     """
     u = _distributions(logits, graph)
     temperature, kl_weight, ce_weight = _beside(u[0], temperature, kl_weight, ce_weight)
@@ -132,15 +133,41 @@ def distill_loss(
     count = counted.sum().clamp(min=1).to(u[0].dtype)
     if reduction != "sum":
         terms = terms / count
+    statistics = row_statistics(u, count, temperature, graph, target_eps)
     if reduction == "none":
-        return loss.clone(memory_format=torch.contiguous_format), terms
-    return loss.sum() / count if reduction == "mean" else loss.sum(), terms
+        return loss.clone(memory_format=torch.contiguous_format), terms, statistics
+    return loss.sum() / count if reduction == "mean" else loss.sum(), terms, statistics
+
+
+def statistics_size(logits: Tensor, graph: DistillGraph) -> int:
+    """How many numbers `row_statistics` has for logits of this shape."""
+    rows = 1
+    for size in logits.shape[:-1]:
+        rows *= size
+    return 1 + rows * (2 * (graph.num_logits + graph.num_mixtures) + graph.num_logits + len(graph.edges))
+
+
+def row_statistics(u: Sequence[Tensor], count: Tensor, temperature: Tensor, graph: DistillGraph, eps: float) -> Tensor:
+    """n, then for each row: max_c u_d and Σ_c exp((u_d − max)/T) of each distribution, Σ_c exp(z_i − max) of each
+    logits tensor, and ⟨p_t, ℓ⟩ of each edge that trains its teacher. What the graph does not use is zero.
+    """
+    zero = torch.zeros_like(u[0][..., 0])
+    used = {d for edge in graph.edges for d in edge[:2]}
+    top = {d: u[d].amax(-1, keepdim=True) for d in used | set(graph.ce_terms)}
+    everything = range(len(u))
+    columns = [top[d].squeeze(-1) if d in top else zero for d in everything]
+    columns += [((u[d] - top[d]) / temperature).exp().sum(-1) if d in used else zero for d in everything]
+    columns += [(u[i] - top[i]).exp().sum(-1) if i in graph.ce_terms else zero for i in range(graph.num_logits)]
+    columns += [zero if e.detach else _mean_ratio(u[e.teacher], u[e.student], temperature, eps)[2] for e in graph.edges]
+    rows = torch.stack(columns, -1) if columns else zero.expand(0)
+    return torch.cat([count.reshape(1), rows.reshape(-1)])
 
 
 def distill_loss_backward(
     grad_loss: Tensor,
     logits: Sequence[Tensor],
     target: Tensor | None,
+    statistics: Tensor,
     temperature: Tensor,
     kl_weight: Tensor,
     ce_weight: Tensor,
@@ -152,6 +179,8 @@ def distill_loss_backward(
     needs_grad: Sequence[bool],
 ) -> list[Tensor]:
     """∂L/∂z_i of shape (..., C) in the dtype of z_i, an empty tensor where `needs_grad` is False.
+
+    The definition does without the statistics, of which it reads nothing.
 
     ∂L/∂z_i = [μ ce_i (Σ_c y_c · softmax(z_i) − y) + λ T Σ_{e: s(e)=i} w_e ((1+εC) p_i − (p_t+ε))] / n, and for a
     trainable teacher ∂L/∂u_t += λ T w · p_t ⊙ (ℓ − ⟨p_t, ℓ⟩) / n, spread over a mixture by its coefficients.
@@ -171,23 +200,23 @@ def distill_loss_backward(
         if needs_grad[i]:
             assert target is not None
             gradient = _cross_entropy_gradient(torch.softmax(u[i], -1), target, label_smoothing)
-            grads[i] += gradient.mul_(ce_weight * graph.ce_weights[i] * scale)
+            grads[i] += _weighted(ce_weight * graph.ce_weights[i], gradient) * scale
     used = {d for edge in graph.edges for d in edge[:2]}
     p = {d: torch.softmax(u[d] / temperature, -1) for d in used}
     for edge in graph.edges:
         p_t, p_s = p[edge.teacher], p[edge.student]
-        weight = kl_weight * temperature * edge.weight * scale
+        weight = kl_weight * temperature * edge.weight
         if needs_grad[edge.student]:
             gradient = ((1.0 + target_eps * num_classes) * p_s - target_eps if target_eps else p_s) - p_t
-            grads[edge.student] += gradient.mul_(weight)
+            grads[edge.student] += _weighted(weight, gradient) * scale
         if not edge.detach:
-            gradient = _teacher_gradient(u[edge.teacher], u[edge.student], p_t, temperature, target_eps)
+            gradient = _teacher_gradient(u[edge.teacher], u[edge.student], temperature, target_eps)
             row = [float(j == edge.teacher) for j in range(len(logits))]
             if edge.teacher >= graph.num_logits:
                 row = list(graph.mixtures[edge.teacher - graph.num_logits])
             for j, a in enumerate(row):
                 if a != 0.0 and needs_grad[j]:
-                    grads[j] += _weighted(weight * a, gradient)
+                    grads[j] += _weighted(weight * a, gradient) * scale
 
     results = []
     for i, z in enumerate(logits):
@@ -201,14 +230,20 @@ def distill_loss_backward(
     return results
 
 
-def _teacher_gradient(u_t: Tensor, u_s: Tensor, p_t: Tensor, temperature: Tensor, eps: float) -> Tensor:
-    """p_t ⊙ (ℓ − ⟨p_t, ℓ⟩), what a trainable teacher gets of one edge before its weight."""
+def _mean_ratio(u_t: Tensor, u_s: Tensor, temperature: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(p_t, ℓ, ⟨p_t, ℓ⟩) of one edge whose teacher is trained."""
+    p_t = torch.softmax(u_t / temperature, -1)
     log_q = (p_t + eps).log() if eps else torch.log_softmax(u_t / temperature, -1)
     # Where p_t = 0 there is nothing to gain, whatever ε makes of ℓ there.
     log_ratio = _log_ratio(p_t, log_q, torch.log_softmax(u_s / temperature, -1))
-    mean = (p_t * log_ratio).sum(-1, keepdim=True)
+    return p_t, log_ratio, (p_t * log_ratio).sum(-1)
+
+
+def _teacher_gradient(u_t: Tensor, u_s: Tensor, temperature: Tensor, eps: float) -> Tensor:
+    """p_t ⊙ (ℓ − ⟨p_t, ℓ⟩), what a trainable teacher gets of one edge before its weight."""
+    p_t, log_ratio, mean = _mean_ratio(u_t, u_s, temperature, eps)
     # A student without mass where the teacher has some: the loss is +inf there and has no gradient.
-    return p_t * (log_ratio - mean.masked_fill_(mean.isinf(), float("nan")))
+    return p_t * (log_ratio - mean.masked_fill(mean.isinf(), float("nan")).unsqueeze(-1))
 
 
 # ---- fuse_features --------------------------------------------------------------------------------------------
