@@ -1,4 +1,4 @@
-"""The command line: fflfast train | eval | export | plot.
+"""The command line: fflfast train | eval | export | plot | doctor.
 
 Exit codes: 0 done; 1 the run failed; 2 it could not start as asked, and nothing was written; 130 and 143 stopped by
 SIGINT or SIGTERM, with the run saved.
@@ -22,6 +22,7 @@ Online mutual knowledge distillation: sub-networks that teach each other.
   eval     test a run or an exported file        fflfast eval RUN
   export   write a run's networks as plain files fflfast export RUN
   plot     draw a run's curves                   fflfast plot RUN
+  doctor   each backend against float64          fflfast doctor --quick
 
 fflfast COMMAND --help shows every flag. Exit codes: 0 done, 1 failed, 2 could not start (nothing written),
 130 and 143 stopped by SIGINT or SIGTERM with the run saved."""
@@ -51,9 +52,11 @@ def _run(arguments: Sequence[str]) -> int:
 
         print(fflfast.__version__)
         return 0
+    if arguments[0] == "doctor":
+        return _doctor(arguments[1:])
     command = _COMMANDS.get(arguments[0])
     if command is None:
-        return _fail(f"unknown command {arguments[0]!r}; expected one of {', '.join(_COMMANDS)}", 2)
+        return _fail(f"unknown command {arguments[0]!r}; expected one of {', '.join((*_COMMANDS, 'doctor'))}", 2)
     try:
         import fflfast.training as training
     except ImportError as error:
@@ -62,7 +65,7 @@ def _run(arguments: Sequence[str]) -> int:
 
     try:
         command(arguments[1:])
-    except training.ConfigError as error:
+    except (_UsageError, training.ConfigError) as error:
         return _fail(str(error), 2)
     except (training.TrainingError, training.CheckpointError, DataError) as error:
         return _fail(str(error), 1)
@@ -74,11 +77,33 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+class _UsageError(Exception):
+    """Flags that do not fit."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        from .training import ConfigError
+        raise _UsageError(f"{message}; see {self.prog} --help")
 
-        raise ConfigError(f"{message}; see {self.prog} --help")
+
+def _doctor(argv: Sequence[str]) -> int:
+    # Apart from the other commands, which need the extra [train]: this one works with torch and numpy alone.
+    from .doctor import doctor
+
+    parser = _Parser(
+        prog="fflfast doctor",
+        description="Hold every backend that is here against float64, on random and nasty input, forward and backward, "
+        "eager and compiled. Exit code 1 if one misses.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--backend", help="this backend alone; exit code 1 if it is not available (default: all)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N … (default: the CPU and the accelerator, if any)")
+    parser.add_argument("--quick", action="store_true", help="leave out the largest inputs and torch.compile")
+    try:
+        options = vars(parser.parse_args(argv))
+        return doctor(options.pop("backend"), options.pop("device"), **options)
+    except (_UsageError, ValueError) as error:
+        return _fail(str(error), 2)
 
 
 def _train(argv: Sequence[str]) -> None:

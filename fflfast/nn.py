@@ -12,7 +12,7 @@ from . import functional
 from .functional import DistillLossOutput, FusionStatistics, NormParams, Scalar
 from .graph import DistillGraph
 
-__all__ = ["DistillLoss", "FeatureFusion", "KLDivWithLogitsLoss"]
+__all__ = ["DistillLoss", "FeatureFusion", "KDLoss", "KLDivWithLogitsLoss"]
 
 
 class DistillLoss(nn.Module):
@@ -92,6 +92,52 @@ class KLDivWithLogitsLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, reduction={self.reduction!r}, detach_teacher={self.detach_teacher}"
+
+
+class KDLoss(nn.Module):
+    """`fflfast.kd_loss` with its settings kept.
+
+    Args:
+        temperature, alpha, label_smoothing, ignore_index, reduction: as `fflfast.kd_loss`; the first two can be given
+            anew in each call.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: Scalar,
+        alpha: Scalar,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature, self.alpha = temperature, alpha
+        self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        *,
+        temperature: Scalar | None = None,
+        alpha: Scalar | None = None,
+    ) -> Tensor:
+        """(1−α)·CE + α·T²·KL of two logits tensors (..., C) and a target, see `fflfast.kd_loss`."""
+        return functional.kd_loss(
+            student,
+            teacher,
+            target,
+            temperature=self.temperature if temperature is None else temperature,
+            alpha=self.alpha if alpha is None else alpha,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
 
 
 class FeatureFusion(nn.Module):

@@ -1,0 +1,218 @@
+"""Everything that needs a GPU, in one command: build, doctor, tests, memory and race checks, benchmarks.
+
+    python benchmarks/gpu.py [--out FOLDER] [--stages build,doctor,tests,memcheck,racecheck,bench] [--minutes 10]
+
+Needs torch and numpy, pytest for the tests, and nvcc where the CUDA library is not built yet; no network, and fflfast
+need not be installed. Each stage has a time limit, and one that fails does not stop the next. The folder of the results
+(default: $OUT, else benchmarks/results/DEVICE) gets gpu.log with all output, gpu.md with the outcome of each stage,
+doctor.txt, and the files of `benchmarks.loss`. Exit code 0 when every stage passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = (
+    "test_distill_loss.py", "test_distill_loss_rows.py", "test_distill_loss_composition.py",
+    "test_distill_loss_fuzz.py", "test_drop_in.py",
+)  # fmt: skip
+PYTHON = [sys.executable, "-u"]
+
+
+@dataclass
+class Outcome:
+    """What became of one stage."""
+
+    stage: str
+    result: str
+    seconds: float
+
+    @property
+    def good(self) -> bool:
+        return self.result.startswith(("passed", "skipped", "built"))
+
+
+class Run:
+    """The stages of one run, their common log and their deadline."""
+
+    def __init__(self, out: Path, minutes: float, log: IO[str]) -> None:
+        self.out, self.log = out, log
+        self.deadline = time.monotonic() + 60 * minutes
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        }
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.log.write(text + "\n")
+        self.log.flush()
+
+    def command(self, command: list[str], limit: float, copy: Path | None = None, **environment: str) -> str:
+        """Run a command with its output in the log: ``passed``, ``failed (exit code N)`` or ``stopped after N s``."""
+        limit = max(1.0, min(limit, self.deadline - time.monotonic()))
+        self.say("$ " + " ".join(command))
+        start = self.log.tell()
+        # Straight into the log, which so holds everything even where this process is killed.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**self.environment, **environment},
+            stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the group: pytest, nvcc and checkers have children
+                process.wait()
+        self.log.seek(start)
+        output = self.log.read()
+        print("\n".join(output.splitlines()[-40:]), flush=True)
+        if copy is not None:
+            copy.write_text(output, encoding="utf-8")
+        if code is None:
+            return f"stopped after {limit:.0f} s"
+        return "passed" if code == 0 else f"failed (exit code {code})"
+
+
+def _python(code: str) -> list[str]:
+    return [*PYTHON, "-c", code]
+
+
+_CUDA_STATE = "import sys, fflfast; s = fflfast.backends()['cuda']; print('cuda:', s); sys.exit(s != 'available')"
+# The machine code that setup.py is asked for, so that a build here takes no longer than it must.
+_ARCH = (
+    "import torch; m = torch.cuda.get_device_capability()[0]; print({8: '80', 9: '90a', 10: '100'}.get(m, '90+PTX'))"
+)
+
+
+def build(run: Run) -> str:
+    """Use a CUDA library that is there and loads, else build both libraries in place."""
+    if run.command(_python(_CUDA_STATE), 60) == "passed":
+        return "skipped: the library that is there loads"
+    arch = subprocess.run(_python(_ARCH), capture_output=True, text=True, check=False).stdout.strip()
+    arch = os.environ.get("FFLFAST_CUDA_ARCHS") or arch
+    built = run.command(
+        [*PYTHON, "setup.py", "build_ext", "--inplace"], 240, FFLFAST_BUILD="cuda", FFLFAST_CUDA_ARCHS=arch
+    )
+    if built != "passed":
+        return built
+    loads = run.command(_python(_CUDA_STATE), 60)
+    return f"built for {arch}" if loads == "passed" else f"built for {arch}, but it does not load"
+
+
+def doctor(run: Run) -> str:
+    return run.command([*PYTHON, "-m", "fflfast", "doctor", "--device", "cuda"], 100, run.out / "doctor.txt")
+
+
+def tests(run: Run) -> str:
+    if run.command(_python("import pytest"), 60) != "passed":
+        return "skipped: pytest is not installed"
+    files = [f"tests/{name}" for name in TESTS if (ROOT / "tests" / name).exists()]
+    required = os.environ.get("FFLFAST_TEST_BACKENDS", "reference cuda triton")
+    return run.command(
+        [*PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", *files], 150,
+        FFLFAST_TEST_DEVICE="cuda", FFLFAST_TEST_BACKENDS=required,
+    )  # fmt: skip
+
+
+def _checked(tool: str) -> Callable[[Run], str]:
+    def check(run: Run) -> str:
+        checker = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if checker is None:
+            return "skipped: compute-sanitizer is not installed"
+        command = [checker, "--tool", tool, "--kernel-regex", "kns=fflfast", "--error-exitcode", "9"]
+        # PyTorch's caching allocator would hide an access past a tensor's end inside its own block.
+        return run.command(
+            [*command, *PYTHON, "-m", "benchmarks.sanitize", *(["--quick"] if tool == "racecheck" else [])], 75,
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+
+    return check
+
+
+def bench(run: Run) -> str:
+    return run.command([*PYTHON, "-m", "benchmarks.loss", "--device", "cuda", "--out", str(run.out)], 280)
+
+
+STAGES: dict[str, Callable[[Run], str]] = {
+    "build": build,
+    "doctor": doctor,
+    "tests": tests,
+    "memcheck": _checked("memcheck"),
+    "racecheck": _checked("racecheck"),
+    "bench": bench,
+}
+
+
+def _device() -> str | None:
+    """The GPU's name, or None; asked in a process of its own, so that this one holds no GPU memory."""
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    done = subprocess.run(_python(code), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print(done.stderr, file=sys.stderr)
+    return done.stdout.strip() or None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which, with commas between (default: all)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together (default: 9.5)")
+    options = parser.parse_args()
+    chosen = [name for name in options.stages.split(",") if name]
+    if unknown := [name for name in chosen if name not in STAGES]:
+        parser.error(f"expected stages among {', '.join(STAGES)}, got {', '.join(unknown)}")
+    name = _device()
+    if name is None:
+        print(
+            "make gpu: no CUDA device (torch.cuda.is_available() is False); run it on a machine with a GPU",
+            file=sys.stderr,
+        )
+        return 1
+    folder = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    out = (options.out or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / folder)).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    with (out / "gpu.log").open("w+", encoding="utf-8", errors="replace") as log:
+        run = Run(out, options.minutes, log)
+        run.say(name)
+        for stage in chosen:
+            start = time.monotonic()
+            run.say(f"\n==== {stage}")
+            try:
+                result = "left out: no time was left" if start >= run.deadline else STAGES[stage](run)
+            except Exception as error:  # whatever one stage does, the others get their turn
+                result = f"failed ({type(error).__name__}: {error})"
+            outcomes.append(Outcome(stage, result, time.monotonic() - start))
+            run.say(f"==== {stage}: {result} ({outcomes[-1].seconds:.0f} s)")
+            _write_summary(out / "gpu.md", name, outcomes)
+        run.say("\n" + (out / "gpu.md").read_text(encoding="utf-8"))
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+def _write_summary(path: Path, device: str, outcomes: list[Outcome]) -> None:
+    lines = [
+        f"{device}, {time.strftime('%Y-%m-%d')}: `python benchmarks/gpu.py`",
+        "",
+        "| stage | result | seconds |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {o.stage} | {o.result} | {o.seconds:.0f} |" for o in outcomes]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
