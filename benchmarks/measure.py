@@ -131,6 +131,7 @@ def measure_times(
 ) -> dict[str, Times]:
     """Times of each variant in turns of some milliseconds, within a budget of seconds for all together.
 
+    A turn begins with a call that is not timed: the gradients that the first timed one drops are then its own.
     `sets` are equal inputs at different addresses; calls go round them, so that a GPU's L2 cache holds none.
     """
     on_gpu = sets[0].logits[0].is_cuda
@@ -147,7 +148,7 @@ def measure_times(
             # A call's own cost with what surrounds it, the forward of mode backward for one.
             each = _host_clock(lambda loss=loss, name=name: _timed(mode, loss, sets[0], clocks[name]))  # type: ignore[misc]
         turns[name] = max(1, min(100, round(5e-3 / each)))
-        cost += turns[name] * each
+        cost += (turns[name] + 1) * each
     rounds = max(least, min(200, int(budget / cost)))
     samples: dict[str, list[float]] = {name: [] for name in losses}
     order = list(losses)
@@ -155,6 +156,7 @@ def measure_times(
         for name in order[round_ % len(order) :] + order[: round_ % len(order)]:
             loss, clock, n = losses[name], clocks[name], turns[name]
             with context(loss):
+                _timed(mode, loss, sets[round_ % len(sets)], clock)
                 total = sum(_timed(mode, loss, sets[(round_ * n + k) % len(sets)], clock) for k in range(n))
             samples[name].append(total / n)
     for data in sets:

@@ -215,8 +215,8 @@ def _checked_logits(op: str, logits: Sequence[Tensor], graph: DistillGraph) -> l
         raise ValueError(
             f"{op}: the graph has {graph.num_logits} logits tensors ({', '.join(graph.logit_names)}), got {len(logits)}"
         )
-    if _alike(logits):
-        return [_savable(z) for z in logits]
+    if _as_usual(logits):
+        return list(logits)
     dtype: torch.dtype | None = None
     for name, z in zip(graph.logit_names, logits, strict=True):
         if not isinstance(z, Tensor) or not z.is_floating_point():
@@ -242,20 +242,25 @@ def _checked_logits(op: str, logits: Sequence[Tensor], graph: DistillGraph) -> l
     return [_savable(z.to(dtype)) for z in logits]
 
 
-def _alike(logits: Sequence[Tensor]) -> bool:
-    """Whether all is as it mostly is, at the least cost: what follows words the errors and promotes dtypes."""
+def _as_usual(logits: Sequence[Tensor]) -> bool:
+    """Whether nothing is to be said or converted, at the least cost; what follows words errors and promotes dtypes."""
     first = logits[0]
-    if not isinstance(first, Tensor) or first.dtype not in _DTYPES or first.dim() == 0:
+    if not isinstance(first, Tensor) or first.dtype not in _DTYPES or torch.compiler.is_compiling():
         return False
     shape, dtype, device = first.shape, first.dtype, first.device
-    return shape[-1] != 0 and all(
-        isinstance(z, Tensor)
-        and z.dtype is dtype
-        and z.shape == shape
-        and z.device == device
-        and z.layout is torch.strided
-        for z in logits
-    )
+    if len(shape) == 0 or shape[-1] == 0:
+        return False
+    for z in logits:
+        if (
+            not isinstance(z, Tensor)
+            or z.dtype is not dtype
+            or z.shape != shape
+            or z.device != device
+            or z.layout is not torch.strided
+            or z.is_inference()
+        ):
+            return False
+    return True
 
 
 def _checked_settings(

@@ -45,20 +45,20 @@ def arguments(
 ):
     dtype = reference.accumulation_dtype(logits[0].dtype)
     scalars = (torch.tensor(v, dtype=dtype) for v in (temperature, kl_weight, ce_weight))
-    return (*scalars, graph, smoothing, -100, eps, reduction)
+    return tuple(scalars), (graph, smoothing, -100, eps, reduction)
 
 
 def fast(logits, target, graph, **settings):
     """(loss, terms, gradients) of the form that writes gradients at once."""
     options = arguments(logits, graph, **settings)
-    return FUNCTIONS["forward_with_gradients"](logits, target, *options, [True] * len(logits))
+    return FUNCTIONS["forward_with_gradients"](logits, target, *options, (True,) * len(logits))
 
 
 def base(logits, target, graph, **settings):
     """The same by statistics and a backward of its own."""
     options = arguments(logits, graph, **settings)
     loss, terms, statistics = FUNCTIONS["forward"](logits, target, *options)
-    grads = FUNCTIONS["backward"](torch.ones_like(loss), logits, target, statistics, *options, [True] * len(logits))
+    grads = FUNCTIONS["backward"](torch.ones_like(loss), logits, target, statistics, *options, (True,) * len(logits))
     return loss, terms, grads
 
 
@@ -147,8 +147,10 @@ def test_random_graphs_and_nasty_rows(isa, seed):
     wide = [z.double() for z in logits]
     options = arguments(wide, graph, **settings)
     wide_target = target.double() if target.is_floating_point() else target
-    loss, terms, statistics = reference.distill_loss(wide, wide_target, *options)
-    grads = reference.distill_loss_backward(torch.ones_like(loss), wide, wide_target, statistics, *options, [True] * m)
+    loss, terms, statistics = reference.distill_loss(wide, wide_target, *options[0], *options[1])
+    grads = reference.distill_loss_backward(
+        torch.ones_like(loss), wide, wide_target, statistics, *options[0], *options[1], [True] * m
+    )
     sharp, blunt = {torch.float64: (1e-10, 1e-10), torch.bfloat16: (3e-5, 2e-2), torch.float16: (3e-5, 3e-3)}.get(
         dtype, (3e-5, 3e-5)
     )
@@ -299,7 +301,7 @@ def test_gradients_only_where_wanted_and_inputs_untouched():
     everything = fast(logits, target, FFL)[2]
     for mask in range(1, 8):
         wanted = [bool(mask >> i & 1) for i in range(3)]
-        _, _, grads = FUNCTIONS["forward_with_gradients"](logits, target, *arguments(logits, FFL), wanted)
+        _, _, grads = FUNCTIONS["forward_with_gradients"](logits, target, *arguments(logits, FFL), tuple(wanted))
         for g, full, want in zip(grads, everything, wanted, strict=True):
             assert g.shape == ((4, 300) if want else (0,))
             if want:
@@ -320,7 +322,7 @@ def test_scaling_rounds_once_and_skips_what_is_empty(isa, dtype):
 
 def test_messages_of_the_operator():
     logits, target = random_logits(3, (2, 5)), torch.tensor([0, 1])
-    t, kl, ce, _, *rest = arguments(logits, FFL)
+    (t, kl, ce), (_, *rest) = arguments(logits, FFL)
     operator, table = torch.ops.fflfast_cpu.distill_loss, native.table(FFL)
     call = {"target": target, "temperature": t, "table": table}
 

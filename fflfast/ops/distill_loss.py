@@ -59,9 +59,23 @@ def _triton() -> Any:
     return distill_loss
 
 
-# Roles: forward(logits, target, T, λ, μ, *options) -> (loss, terms, statistics);
-#        backward(grad_loss, logits, target, statistics, T, λ, μ, *options, needs_grad) -> list of M tensors;
-#        forward_with_gradients(logits, target, T, λ, μ, *options, needs_grad) -> (loss, terms, gradients for a
+def _reference_forward(
+    logits: Sequence[Tensor], target: Tensor | None, scalars: Any, options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.distill_loss(logits, target, *scalars, *options)
+
+
+def _reference_backward(
+    grad_loss: Tensor, logits: Sequence[Tensor], target: Tensor | None, statistics: Tensor,
+    scalars: Any, options: Any, needs: tuple[bool, ...],
+) -> list[Tensor]:  # fmt: skip
+    settings = (*scalars, *options, needs)
+    return reference.distill_loss_backward(grad_loss, logits, target, statistics, *settings)
+
+
+# Roles, with scalars = (T, λ, μ): forward(logits, target, scalars, options) -> (loss, terms, statistics);
+#        backward(grad_loss, logits, target, statistics, scalars, options, needs_grad) -> list of M tensors;
+#        forward_with_gradients(logits, target, scalars, options, needs_grad) -> (loss, terms, gradients for a
 #        grad_output of 1) and scale(grad_loss, gradients) in place: optional, for reductions mean and sum.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cuda": Implementation(
@@ -72,7 +86,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         native.distill_loss_functions(lambda: native.operators("fflfast_cpu"), native.table), _fits_device("cpu")
     ),
     "reference": Implementation(
-        {"forward": reference.distill_loss, "backward": reference.distill_loss_backward},
+        {"forward": _reference_forward, "backward": _reference_backward},
         lambda *case: None,
     ),
 }
@@ -100,7 +114,7 @@ def distill_loss(
         call = _Call(chosen, options, target, scalars)
         loss = _DistillLoss.apply(call, *logits)
         return loss, call.terms
-    return chosen.functions["forward"](logits, target, *scalars, *options)[:2]
+    return chosen.functions["forward"](logits, target, scalars, options)[:2]
 
 
 def _choose(logits: Sequence[Tensor], target: Tensor | None, options: LossOptions) -> Implementation:
@@ -146,9 +160,9 @@ class _DistillLoss(torch.autograd.Function):
         at_once = options.reduction != "none" and logits[0].dtype != torch.float16
         if at_once and (run := functions.get("forward_with_gradients")) is not None:
             needs = ctx.needs_input_grad[1:]
-            loss, call.terms, gradients = run(logits, call.target, *scalars, *options, needs)
+            loss, call.terms, gradients = run(logits, call.target, scalars, options, needs)
         else:
-            loss, call.terms, statistics = functions["forward"](logits, call.target, *scalars, *options)
+            loss, call.terms, statistics = functions["forward"](logits, call.target, scalars, options)
         ctx.chosen, ctx.options, ctx.gradients = call.chosen, options, gradients
         ctx.save_for_backward(call.target, statistics, *scalars, *logits)
         ctx.set_materialize_grads(False)
@@ -179,8 +193,8 @@ class _Gradient(torch.autograd.Function):
         grad_loss, target, statistics, *rest = tensors
         scalars, logits = rest[:3], rest[3:]
         if statistics is None:
-            statistics = chosen.functions["forward"](logits, target, *scalars, *options)[2]
-        return tuple(chosen.functions["backward"](grad_loss, logits, target, statistics, *scalars, *options, needs))
+            statistics = chosen.functions["forward"](logits, target, scalars, options)[2]
+        return tuple(chosen.functions["backward"](grad_loss, logits, target, statistics, scalars, options, needs))
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Any, ...]:
@@ -210,7 +224,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = LossOptions(DistillGraph.from_key(graph), *rest)
     chosen = _choose(logits, target, options)
-    return chosen.functions["forward"](logits, target, t, kl, ce, *options)
+    return chosen.functions["forward"](logits, target, (t, kl, ce), options)
 
 
 def _backward_op(
@@ -227,7 +241,7 @@ def _backward_op(
     *rest_options, needs = rest
     options = LossOptions(DistillGraph.from_key(graph), *rest_options)
     chosen = _choose(logits, target, options)
-    return chosen.functions["backward"](grad_loss, logits, target, statistics, t, kl, ce, *options, needs)
+    return chosen.functions["backward"](grad_loss, logits, target, statistics, (t, kl, ce), options, tuple(needs))
 
 
 def _fake_forward(

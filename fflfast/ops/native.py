@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ __all__ = ["REDUCTIONS", "TABLE_LIMITS", "as_rows", "bits", "distill_loss_functi
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # What the table of csrc/distill_graph.h holds: logits tensors, mixtures, edges.
 TABLE_LIMITS = (16, 16, 240)
+# (T, λ, μ), and (graph, label_smoothing, ignore_index, target_eps, reduction).
+Scalars: TypeAlias = Sequence[Tensor]
+Options: TypeAlias = tuple[DistillGraph, float, int, float, str]
 _FOLDER = Path(__file__).resolve().parent.parent
 
 
@@ -120,7 +123,7 @@ def distill_loss_functions(
     """
 
     def call(
-        logits: Sequence[Tensor], target: Tensor | None, scalars: Sequence[Tensor], options: Any, gradients: int
+        logits: Sequence[Tensor], target: Tensor | None, scalars: Scalars, options: Options, gradients: int
     ) -> list[Tensor]:
         graph, smoothing, ignore_index, eps, reduction = options
         rows = [as_rows(z) for z in logits]
@@ -130,29 +133,28 @@ def distill_loss_functions(
         )  # fmt: skip
 
     def forward(
-        logits: Sequence[Tensor], target: Tensor | None, t: Tensor, kl: Tensor, ce: Tensor, *options: Any
+        logits: Sequence[Tensor], target: Tensor | None, scalars: Scalars, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, terms, statistics = call(logits, target, (t, kl, ce), options, 0)
+        loss, terms, statistics = call(logits, target, scalars, options, 0)
         return loss.view(logits[0].shape[:-1]) if options[-1] == "none" else loss, terms, statistics
 
     def forward_with_gradients(
-        logits: Sequence[Tensor], target: Tensor | None, t: Tensor, kl: Tensor, ce: Tensor, *rest: Any
+        logits: Sequence[Tensor], target: Tensor | None, scalars: Scalars, options: Options, needs: tuple[bool, ...]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        *options, needs_grad = rest
-        loss, terms, *gradients = call(logits, target, (t, kl, ce), options, bits(tuple(needs_grad)))
+        loss, terms, *gradients = call(logits, target, scalars, options, bits(needs))
         return loss, terms, _shaped(gradients, logits)
 
     def backward(
-        grad_loss: Tensor, logits: Sequence[Tensor], target: Tensor | None, statistics: Tensor,
-        t: Tensor, kl: Tensor, ce: Tensor, *rest: Any,
+        grad_loss: Tensor, logits: Sequence[Tensor], target: Tensor | None, statistics: Tensor, scalars: Scalars,
+        options: Options, needs: tuple[bool, ...],
     ) -> list[Tensor]:  # fmt: skip
-        graph, smoothing, ignore_index, eps, reduction, needs_grad = rest
+        graph, smoothing, ignore_index, eps, reduction = options
         rows = [as_rows(z) for z in logits]
         grad_loss = grad_loss.to(statistics.dtype)
         gradients = operators().distill_loss_backward(
             grad_loss.reshape(-1).contiguous() if reduction == "none" else grad_loss,
-            rows, _as_target(target, rows[0]), statistics, t, kl, ce, argument(graph), smoothing, ignore_index, eps,
-            REDUCTIONS[reduction], bits(tuple(needs_grad)),
+            rows, _as_target(target, rows[0]), statistics, *scalars, argument(graph), smoothing, ignore_index, eps,
+            REDUCTIONS[reduction], bits(needs),
         )  # fmt: skip
         return _shaped(gradients, logits)
 
@@ -170,7 +172,9 @@ def distill_loss_functions(
 
 
 def _shaped(gradients: Sequence[Tensor], logits: Sequence[Tensor]) -> list[Tensor]:
-    return [g if z.dim() == 2 or g.numel() == 0 else g.view(z.shape) for g, z in zip(gradients, logits, strict=True)]
+    if logits[0].dim() == 2:
+        return list(gradients)
+    return [g.view(z.shape) if g.numel() else g for g, z in zip(gradients, logits, strict=True)]
 
 
 @cache
