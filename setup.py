@@ -6,7 +6,7 @@
 Both libraries use PyTorch's stable ABI and Python's limited API: one build serves every torch from 2.10 and every
 Python from 3.10 on, and the CUDA library builds against a CPU-only torch too. Environment:
 
-    FFLFAST_BUILD       auto (default: what can be built), cpu, cuda (both, or an error), none
+    FFLFAST_BUILD       auto (default: what can be built, and a word about the rest), cpu, cuda (both), none
     FFLFAST_CUDA_ARCHS  targets, default "80;90a;100;90+PTX", less what this nvcc does not know
     CXX, CUDA_HOME, MAX_JOBS as usual
 """
@@ -29,6 +29,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "native"
+CHOICE = os.environ.get("FFLFAST_BUILD") or "auto"
 CHOICES = ("auto", "cpu", "cuda", "none")
 DEFAULT_ARCHS = "80;90a;100;90+PTX"
 # Functions for one instruction set each; which of them runs is decided on the user's machine.
@@ -43,15 +44,22 @@ def say(message: str) -> None:
 
 
 def compiler() -> str | None:
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        if shutil.which(shlex.split(name)[0]):
-            return name
-    return None
+    """The C++ compiler's command; what CXX says or nothing, else the first that is there."""
+    named = os.environ.get("CXX", "").strip()
+    names = (named,) if named else ("c++", "g++", "clang++")
+    return next((name for name in names if shutil.which(shlex.split(name)[0])), None)
 
 
 def nvcc() -> str | None:
     homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     return next((found for h in homes if (found := shutil.which("nvcc", path=f"{h}/bin"))), shutil.which("nvcc"))
+
+
+def jobs() -> int:
+    value = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not value.isdecimal() or int(value) < 1:
+        raise SystemExit(f"fflfast: MAX_JOBS must be a whole number of at least 1, got {value!r}")
+    return int(value)
 
 
 def missing(name: str) -> str | None:
@@ -63,8 +71,14 @@ def missing(name: str) -> str | None:
             "torch is not importable while building (pip hides it unless you say --no-build-isolation, with "
             "setuptools installed)"
         )
+    import torch
+
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 10):
+        return f"torch 2.10 or newer is needed to build with, this is {torch.__version__}"
     if compiler() is None:
-        return "no C++ compiler was found (set CXX, or install g++ or clang++)"
+        named = os.environ.get("CXX", "").strip()
+        return f"no C++ compiler was found ({f'CXX={named}' if named else 'set CXX, or install g++ or clang++'})"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h was not found (install Python's development headers, e.g. python3-dev)"
     if name == "cuda" and nvcc() is None:
@@ -73,20 +87,19 @@ def missing(name: str) -> str | None:
 
 
 def extensions() -> list[Extension]:
-    choice = os.environ.get("FFLFAST_BUILD", "auto") or "auto"
-    if choice not in CHOICES:
-        raise SystemExit(f"fflfast: FFLFAST_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
-    wanted = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}[choice]
+    if CHOICE not in CHOICES:
+        raise SystemExit(f"fflfast: FFLFAST_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}")
+    wanted = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}[CHOICE]
     found = []
     for name in wanted:
         sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / name).glob("*.c*") if p.suffix != ".cuh")
         reason = missing(name)
         if reason is None:
-            found.append(Extension(f"fflfast._{name}", sources, py_limited_api=True))
-        elif choice == "auto":
+            found.append(Extension(f"fflfast._{name}", sources, py_limited_api=True, optional=CHOICE == "auto"))
+        elif CHOICE == "auto":
             say(f"the {name.upper()} library is left out: {reason}")
         else:
-            raise SystemExit(f"fflfast: FFLFAST_BUILD={choice}, but {reason}")
+            raise SystemExit(f"fflfast: FFLFAST_BUILD={CHOICE}, but {reason}")
     return found
 
 
@@ -96,14 +109,14 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rsplit("_", 1)[1]
         library = BUILD / f"_{name}.abi3.so"
-        steps = [*compile_steps(ext.sources), link_step(name, ext.sources, library)]
         try:
-            run(name, steps)
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(
-                f"fflfast: building the {name.upper()} library failed (exit code {error.returncode}; the compiler's "
-                "messages are above, with pip -v); FFLFAST_BUILD=none installs without it"
-            ) from None
+            run(name, [*compile_steps(ext.sources), link_step(name, ext.sources, library)])
+        except (subprocess.CalledProcessError, OSError) as error:
+            reason = f"building the {name.upper()} library failed ({error}; pip -v shows the compiler's messages)"
+            if CHOICE == "auto":
+                say(f"{reason}: it is left out; FFLFAST_BUILD=cpu or cuda makes that an error")
+                return
+            raise SystemExit(f"fflfast: {reason}; FFLFAST_BUILD=none installs without it") from None
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, target)
@@ -134,9 +147,15 @@ def compile_steps(sources: list[str]) -> list[tuple[Path, list[str], list[Path]]
             isa = next((extra for suffix, extra in ISA_FLAGS.items() if Path(source).stem.endswith(suffix)), [])
             isa = isa if platform.machine().lower() in ("x86_64", "amd64") else []
             command = [*shlex.split(compiler() or "c++"), *flags, "-fPIC", "-fvisibility=hidden", "-Wall", *isa]
-        output = BUILD / f"torch-{torch.__version__}" / (source.replace("/", "-") + ".o")
+        output = object_of(source)
         steps.append((output, [*command, "-c", source, "-o", str(output)], [ROOT / source]))
     return steps
+
+
+def object_of(source: str) -> Path:
+    import torch
+
+    return BUILD / f"torch-{torch.__version__}" / (source.replace("/", "-") + ".o")
 
 
 def targets() -> list[str]:
@@ -157,7 +176,7 @@ def targets() -> list[str]:
 def link_step(name: str, sources: list[str], library: Path) -> tuple[Path, list[str], list[Path]]:
     import torch
 
-    objects = [step[0] for step in compile_steps(sources)]
+    objects = [object_of(source) for source in sources]
     torch_libraries = Path(torch.__file__).parent / "lib"
     # nvcc links its own static runtime library and knows where that lies.
     linker = [nvcc() or "nvcc", "-cudart=static"] if name == "cuda" else shlex.split(compiler() or "c++")
@@ -178,16 +197,15 @@ def run(name: str, steps: list[tuple[Path, list[str], list[Path]]]) -> None:
     """Run the compilations in parallel, then the link."""
     for output, _, _ in steps:
         output.parent.mkdir(parents=True, exist_ok=True)
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     ninja = shutil.which("ninja")
     how = "ninja" if ninja else "no ninja"
-    say(f"building the {name.upper()} library ({len(steps) - 1} sources, {how}, {jobs} jobs)")
+    say(f"building the {name.upper()} library ({len(steps) - 1} sources, {how}, {jobs()} jobs)")
     if ninja:
         script = BUILD / f"{name}.ninja"
         script.write_text(ninja_script(steps))
-        subprocess.run([ninja, "-f", str(script), "-j", str(jobs)], cwd=ROOT, check=True)
+        subprocess.run([ninja, "-f", str(script), "-j", str(jobs())], cwd=ROOT, check=True)
         return
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(lambda step: subprocess.run(step[1], cwd=ROOT, check=True), steps[:-1]))
     subprocess.run(steps[-1][1], cwd=ROOT, check=True)
 

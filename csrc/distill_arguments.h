@@ -89,6 +89,8 @@ inline DistillArguments read_arguments(const char* op, const std::vector<Tensor>
   a.temperature = read_scalar(temperature, a.wide(), op, "temperature");
   a.kl_weight = read_scalar(kl_weight, a.wide(), op, "kl_weight");
   a.ce_weight = read_scalar(ce_weight, a.wide(), op, "ce_weight");
+  require(!logits[0].is_cpu() || (temperature.is_cpu() && kl_weight.is_cpu() && ce_weight.is_cpu()), op,
+          ": expected temperature, kl_weight and ce_weight on the CPU for logits on the CPU");
   a.label_smoothing = label_smoothing;
   a.target_eps = target_eps;
   a.ignore_index = ignore_index;

@@ -319,5 +319,7 @@ def scale_kernel(
             here = at < size
             for i in tl.static_range(len(grads)):
                 old = tl.load(grads[i] + at, mask=here)
-                new = old.to(factor.dtype) * factor
+                # Exactly 0 stays 0 whatever the factor: an ignored row gets none of an infinite grad_output.
+                wide = old.to(factor.dtype)
+                new = tl.where(wide == 0.0, wide, wide * factor)
                 tl.store(grads[i] + at, new.to(old.dtype), mask=here)

@@ -45,10 +45,12 @@ void scale_numbers(void* gradient, double factor, int64_t count) {
     const int n = static_cast<int>(count - c < kBlock ? count - c : kBlock);
     S* block = g + c;
     for_each_vector(block, n, A(0), [&](int i, auto v) {
+      // Exactly 0 stays 0 whatever the factor: an ignored row gets none of an infinite grad_output.
+      const auto scaled = v == A(0) ? v : v * f;
       if (i + Vec<A>::kWidth <= n)
-        store(block + i, v * f);
+        store(block + i, scaled);
       else
-        store_tail(block + i, v * f, n - i);
+        store_tail(block + i, scaled, n - i);
     });
   }
 }

@@ -13,6 +13,13 @@ struct Scaling {
   int64_t sizes[kOperandLogits];  // elements; 0 for none
 };
 
+// A gradient of exactly 0 stays 0 whatever the factor: an ignored row gets none of an infinite grad_output.
+template <class T, class A>
+FFLFAST_DEVICE T scaled(T gradient, A factor) {
+  const A wide = simt::convert<A>(gradient);
+  return wide == A(0) ? gradient : simt::convert<T>(wide * factor);
+}
+
 template <class T>
 FFLFAST_KERNEL FFLFAST_LAUNCH_BOUNDS(256) void scale_gradients(const FFLFAST_GRID_CONSTANT Scaling s) {
   using A = Wide<T>;
@@ -28,11 +35,11 @@ FFLFAST_KERNEL FFLFAST_LAUNCH_BOUNDS(256) void scale_gradients(const FFLFAST_GRI
     for (int64_t k = first; k < packs; k += step) {
       Pack<T, kWidth> pack = simt::load_streaming<T, kWidth>(g + k * kWidth);
       FFLFAST_UNROLL
-      for (int j = 0; j < kWidth; ++j) pack[j] = simt::convert<T>(simt::convert<A>(pack[j]) * factor);
+      for (int j = 0; j < kWidth; ++j) pack[j] = scaled(pack[j], factor);
       simt::store_streaming<T, kWidth>(g + k * kWidth, pack);
     }
     for (int64_t k = packs * kWidth + first; k < s.sizes[i]; k += step)
-      g[k] = simt::convert<T>(simt::convert<A>(g[k]) * factor);
+      g[k] = scaled(g[k], factor);
   }
 }
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from . import native
 
 __all__ = ["NAMES", "Implementation", "backends", "choose", "use_backend"]
@@ -74,6 +76,11 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name, or a backend that is not available here (with the reason).
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "use_backend: expected to be entered outside of compiled code, which is traced once and would not see it; "
+            "put the with block around the call of the compiled function"
+        )
     _checked(name, "use_backend")
     if name != "auto" and (reason := missing(name)) is not None:
         raise ValueError(f"use_backend: {name} is not available: {reason}; fflfast.backends() lists what is")
@@ -87,17 +94,15 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(operator: str, implementations: Mapping[str, Implementation], *case: Any) -> Implementation:
     """The implementation of `operator` that takes `case`: the forced one, else the first in the order of `NAMES`.
 
+    An operator that has no kernels of the forced backend at all is left to its normal choice.
+
     Raises:
         ValueError: the forced backend is missing or refuses the case (with the reason).
     """
     name = forced_backend()
-    if name != "auto":
-        if (absent := missing(name)) is not None:
-            raise ValueError(f"{operator}: the forced backend {name} is not available: {absent}")
-        if name not in implementations:
-            raise ValueError(
-                f"{operator}: has no kernels for the forced backend {name}, only for {', '.join(implementations)}"
-            )
+    if name != "auto" and (absent := missing(name)) is not None:
+        raise ValueError(f"{operator}: the forced backend {name} is not available: {absent}")
+    if name in implementations:
         reason = implementations[name].refuses(*case)
         if reason is not None:
             raise ValueError(f"{operator}: the forced backend {name} cannot take this call: {reason}")

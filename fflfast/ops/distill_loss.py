@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..graph import DistillGraph
@@ -96,6 +97,11 @@ DOUBLE_BACKWARD = (
     "another backward), which the operator does not have; write the loss with torch.nn.functional for that"
 )
 
+TRANSFORMED = (
+    "fflfast.distill_loss: expected to be differentiated in reverse mode by autograd, got forward mode or a transform "
+    "of torch.func (grad, jvp, vmap …), which the operator does not have; write the loss with torch.nn.functional for that"
+)
+
 
 def distill_loss(
     logits: Sequence[Tensor],
@@ -109,12 +115,22 @@ def distill_loss(
         graph, *rest = options
         loss, terms, _ = torch.ops.fflfast.distill_loss(list(logits), target, *scalars, graph.key, *rest)
         return loss, terms.detach()
+    if _is_transformed(logits):
+        raise RuntimeError(TRANSFORMED)
     chosen = _choose(logits, target, options)
     if torch.is_grad_enabled() and any(z.requires_grad for z in logits):
         call = _Call(chosen, options, target, scalars)
         loss = _DistillLoss.apply(call, *logits)
         return loss, call.terms
     return chosen.functions["forward"](logits, target, scalars, options)[:2]
+
+
+def _is_transformed(logits: Sequence[Tensor]) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work on the logits, which a kernel would not see."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    level = forward_ad._current_level
+    return level >= 0 and any(forward_ad.unpack_dual(z).tangent is not None for z in logits)
 
 
 def _choose(logits: Sequence[Tensor], target: Tensor | None, options: LossOptions) -> Implementation:
