@@ -99,7 +99,7 @@ DOUBLE_BACKWARD = (
 
 TRANSFORMED = (
     "fflfast.distill_loss: expected to be differentiated in reverse mode by autograd, got forward mode or a transform "
-    "of torch.func (grad, jvp, vmap …), which the operator does not have; write the loss with torch.nn.functional for it"
+    "of torch.func (grad, jvp, vmap), which the operator does not have; write the loss with torch.nn.functional for it"
 )
 
 
