@@ -96,6 +96,12 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype, const Ten
   return Tensor(handle);
 }
 
+// The tensor in float32 or float64, itself where it is that already.
+inline Tensor converted(const Tensor& tensor, Dtype dtype) {
+  using torch::headeronly::ScalarType;
+  return torch::stable::to(tensor, dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
+}
+
 // A 0-dim tensor's number: read now where it is on the CPU, else the address from which a kernel reads it.
 struct Scalar {
   double value = 0.0;

@@ -116,6 +116,21 @@ def test_gradients_that_are_mostly_cross_entropy(backend, name, temperature, kl_
         assert_contract(distill_loss, logits, y, graph, temperature=temperature, kl_weight=kl_weight)
 
 
+@pytest.mark.parametrize("name", ["ffl2", "kd", "okdhp2"])
+@pytest.mark.parametrize("temperature", [8.0, 20.5, 50.0])
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 100, 600])
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+def test_divergences_that_a_large_temperature_makes_small(backend, name, temperature, num_classes):
+    if num_classes > 512 and temperature < 16:
+        pytest.skip("sums of that many are taken in float32")
+    graph = GRAPHS[name]
+    for seed in range(6):
+        logits = random_logits(graph.num_logits, (16, num_classes), scale=1.0, seed=seed)
+        y = target_for(graph, (16, num_classes), seed)
+        for reduction in ("mean", "none"):
+            assert_contract(distill_loss, logits, y, graph, temperature=temperature, reduction=reduction)
+
+
 def test_a_temperature_beyond_every_float_is_a_value_error():
     with pytest.raises(ValueError, match="finite"):
         distill_loss(random_logits(3, (4, 5)), target_for(FFL, (4, 5)), FFL, temperature=10**400)
