@@ -29,7 +29,7 @@ $(VENV)/base: constraints.txt
 
 # The kernels are built with the torch that is there, which pip's isolated builds cannot see.
 $(VENV)/train: $(VENV)/base pyproject.toml
-	FFLFAST_BUILD=$${FFLFAST_BUILD:-cpu} PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	FFLFAST_BUILD=$${FFLFAST_BUILD:-auto-cpu} PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 		$(VENV)/bin/python $(PIP) --no-build-isolation --constraint constraints.txt --editable '.[train]'
 	touch $@
 

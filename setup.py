@@ -6,7 +6,8 @@
 Both libraries use PyTorch's stable ABI and Python's limited API: one build serves every torch from 2.10 and every
 Python from 3.10 on, and the CUDA library builds against a CPU-only torch too. Environment:
 
-    FFLFAST_BUILD       auto (default: what can be built, and a word about the rest), cpu, cuda (both), none
+    FFLFAST_BUILD       auto (default: what can be built, and a word about the rest), auto-cpu (the same without
+                        CUDA), cpu, cuda (both), none
     FFLFAST_CUDA_ARCHS  targets, default "80;90a;100;90+PTX", less what this nvcc does not know
     CXX, CUDA_HOME, MAX_JOBS as usual
 """
@@ -30,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "native"
 CHOICE = os.environ.get("FFLFAST_BUILD") or "auto"
-CHOICES = ("auto", "cpu", "cuda", "none")
+CHOICES = ("auto", "auto-cpu", "cpu", "cuda", "none")
 DEFAULT_ARCHS = "80;90a;100;90+PTX"
 # Functions for one instruction set each; which of them runs is decided on the user's machine.
 ISA_FLAGS = {
@@ -89,14 +90,18 @@ def missing(name: str) -> str | None:
 def extensions() -> list[Extension]:
     if CHOICE not in CHOICES:
         raise SystemExit(f"fflfast: FFLFAST_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}")
-    wanted = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}[CHOICE]
+    wanted = {"auto": ("cpu", "cuda"), "auto-cpu": ("cpu",), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}[
+        CHOICE
+    ]
     found = []
     for name in wanted:
         sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / name).glob("*.c*") if p.suffix != ".cuh")
         reason = missing(name)
         if reason is None:
-            found.append(Extension(f"fflfast._{name}", sources, py_limited_api=True, optional=CHOICE == "auto"))
-        elif CHOICE == "auto":
+            found.append(
+                Extension(f"fflfast._{name}", sources, py_limited_api=True, optional=CHOICE.startswith("auto"))
+            )
+        elif CHOICE.startswith("auto"):
             say(f"the {name.upper()} library is left out: {reason}")
         else:
             raise SystemExit(f"fflfast: FFLFAST_BUILD={CHOICE}, but {reason}")
@@ -113,7 +118,7 @@ class BuildKernels(build_ext):
             run(name, [*compile_steps(ext.sources), link_step(name, ext.sources, library)])
         except (subprocess.CalledProcessError, OSError) as error:
             reason = f"building the {name.upper()} library failed ({error}; pip -v shows the compiler's messages)"
-            if CHOICE == "auto":
+            if CHOICE.startswith("auto"):
                 say(f"{reason}: it is left out; FFLFAST_BUILD=cpu or cuda makes that an error")
                 return
             raise SystemExit(f"fflfast: {reason}; FFLFAST_BUILD=none installs without it") from None
