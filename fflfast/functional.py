@@ -23,7 +23,8 @@ from .loss_arguments import (
     scalar,
 )
 from .ops import distill_loss as _op
-from .ops.fuse_features import FusionOutput, FusionStatistics, NormParams, fuse_features
+from .ops.fuse_features import fuse_features
+from .ops.fusion_arguments import FusionOutput, FusionStatistics, NormParams
 from .ops.reference import accumulation_dtype
 
 __all__ = [

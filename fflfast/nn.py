@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional
-from .functional import DistillLossOutput, FusionStatistics, NormParams, Scalar
+from .functional import DistillLossOutput, NormParams, Scalar
 from .graph import DistillGraph
+from .ops.fuse_features import Fused, fuse, update_running
+from .ops.fusion_arguments import prepare
 
 __all__ = ["DistillLoss", "FeatureFusion", "KDLoss", "KLDivWithLogitsLoss"]
 
@@ -151,13 +154,32 @@ class FeatureFusion(nn.Module):
         in_channels: channels C_k of the N feature maps.
         out_channels: C_out of the pointwise convolution.
         num_classes: K.
+        sync_batch_norm, process_group: with sync_batch_norm the norms in training take the statistics of the batches
+            of all processes of the `torch.distributed` group (None: all there are), which may differ in size. The same
+            as `nn.SyncBatchNorm.convert_sync_batchnorm`, which works here too, but which DistributedDataParallel
+            refuses on a CPU.
 
     Shapes:
         N feature maps (B, C_k, H_k, W_k) → logits (B, K). Different sizes are brought to the smallest H and W by
         adaptive average pooling first.
+
+    The four modules before the classifier hold weights and settings: their own forward is not called, so hooks on them
+    do not run. Running statistics are updated as `nn.BatchNorm2d` does.
+
+    Raises:
+        ValueError, TypeError: sizes that are no positive ints; in forward, feature maps that do not fit, or a module
+            that was replaced by one that computes something else.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_classes: int,
+        *,
+        sync_batch_norm: bool = False,
+        process_group: Any = None,
+    ) -> None:
         super().__init__()
         self.in_channels = tuple(in_channels) if isinstance(in_channels, Iterable) else ()
         sizes = (*self.in_channels, out_channels, num_classes)
@@ -167,6 +189,7 @@ class FeatureFusion(nn.Module):
                 f"and num_classes, got {in_channels!r}, {out_channels!r}, {num_classes!r}"
             )
         total = sum(self.in_channels)
+        self.sync_batch_norm, self.process_group = sync_batch_norm, process_group
         self.depthwise = nn.Conv2d(total, total, 3, padding=1, groups=total, bias=False)
         self.depthwise_norm = nn.BatchNorm2d(total)
         self.pointwise = nn.Conv2d(total, out_channels, 1, bias=False)
@@ -184,59 +207,78 @@ class FeatureFusion(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (B, num_classes) of N feature maps (B, C_k, H_k, W_k)."""
-        got = tuple(x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else None for x in features)
-        if got != self.in_channels:
-            raise ValueError(f"FeatureFusion: expected feature maps with {self.in_channels} channels, got {got}")
-        for norm in (self.depthwise_norm, self.pointwise_norm):
-            if norm.training and isinstance(norm, nn.SyncBatchNorm):
-                raise ValueError(
-                    "FeatureFusion: its norms cannot be synchronised across processes yet, and a SyncBatchNorm would "
-                    "silently use this process's batch; convert the cohort alone, not the method"
-                )
-        pooled, statistics = functional.fuse_features(
+        pooled = self.pooled(features)
+        classifier = self.classifier
+        if isinstance(classifier, nn.Linear) and classifier.weight.dtype != pooled.dtype:
+            # Autocast would cast by itself; features in a dtype of their own need it too.
+            bias = None if classifier.bias is None else classifier.bias.to(pooled.dtype)
+            return nn.functional.linear(pooled, classifier.weight.to(pooled.dtype), bias)
+        return classifier(pooled)
+
+    def pooled(self, features: Sequence[Tensor]) -> Tensor:
+        """What the classifier gets: pooled features (B, C_out). Updates the running statistics in training."""
+        self._check_modules()
+        if isinstance(features, Sequence) and all(isinstance(x, Tensor) and x.dim() == 4 for x in features):
+            got = tuple(x.shape[1] for x in features)
+            if got != self.in_channels:
+                raise ValueError(f"FeatureFusion: expected feature maps with {self.in_channels} channels, got {got}")
+        case = prepare(
             features,
             self.depthwise.weight,
-            _norm_params(self.depthwise_norm),
+            self._norm_params(self.depthwise_norm),
             self.pointwise.weight,
-            _norm_params(self.pointwise_norm),
+            self._norm_params(self.pointwise_norm),
         )
-        values = features[0].shape[0] * min(x.shape[2] for x in features) * min(x.shape[3] for x in features)
-        self._update_running(statistics, values)
-        # Autocast would do this cast by itself; features in a dtype of their own need it too.
-        return nn.functional.linear(
-            pooled, self.classifier.weight.to(pooled.dtype), self.classifier.bias.to(pooled.dtype)
-        )
+        fused = fuse(case)
+        self._update_running(fused)
+        return fused.pooled
 
-    @torch.no_grad()
-    def _update_running(self, statistics: FusionStatistics, values: int) -> None:
-        """Fold the batch statistics of `values` elements a channel into the running ones, as nn.BatchNorm2d does."""
-        for norm, mean, var in (
-            (self.depthwise_norm, statistics.depthwise_mean, statistics.depthwise_var),
-            (self.pointwise_norm, statistics.pointwise_mean, statistics.pointwise_var),
+    def _check_modules(self) -> None:
+        """Nothing but the settings below reaches the operator, so that anything else would be computed wrongly."""
+        for name, size, padding, groups in (
+            ("depthwise", (3, 3), (1, 1), sum(self.in_channels)),
+            ("pointwise", (1, 1), (0, 0), 1),
         ):
-            if mean is None or var is None or not (norm.training and norm.track_running_stats):
-                continue
-            if norm.running_mean is None or norm.running_var is None:
-                continue
-            momentum: float | Tensor | None = norm.momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if momentum is None:  # a cumulative average, kept on the device
-                    momentum = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-            if momentum is None:
-                momentum = 0.0
-            for running, batch in ((norm.running_mean, mean), (norm.running_var, var * (values / (values - 1)))):
-                running.lerp_(batch.to(running.dtype), _as_weight(momentum, running))
+            conv = getattr(self, name)
+            if not isinstance(conv, nn.Conv2d) or conv.bias is not None or (
+                (conv.kernel_size, conv.padding, conv.groups, conv.stride, conv.dilation)
+                != (size, padding, groups, (1, 1), (1, 1))
+            ) or (padding != (0, 0) and conv.padding_mode != "zeros"):  # fmt: skip
+                raise TypeError(
+                    f"FeatureFusion: expected {name} to be an nn.Conv2d with kernel_size={size}, padding={padding}, "
+                    f"groups={groups}, stride and dilation 1 and no bias, got {conv}; write another fusion as a module "
+                    "of its own"
+                )
+        for name in ("depthwise_norm", "pointwise_norm"):
+            norm = getattr(self, name)
+            if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                raise TypeError(
+                    f"FeatureFusion: expected {name} to be an nn.BatchNorm2d or nn.SyncBatchNorm, got {norm}; to "
+                    "freeze a norm call its eval()"
+                )
+
+    def _update_running(self, fused: Fused) -> None:
+        """Fold the statistics of a batch into the running ones, as nn.BatchNorm2d does."""
+        norms = []
+        for which, norm in enumerate((self.depthwise_norm, self.pointwise_norm)):
+            mean, var = norm.running_mean, norm.running_var
+            if norm.training and norm.track_running_stats and mean is not None and var is not None:
+                norms.append((which, mean, var, norm.num_batches_tracked, norm.momentum))
+        if norms:
+            update_running(fused, norms)
+
+    def _norm_params(self, norm: nn.BatchNorm2d) -> NormParams:
+        # nn.BatchNorm2d uses the batch where it trains or where it keeps no running statistics.
+        training = norm.training or (norm.running_mean is None and norm.running_var is None)
+        group = None
+        # Evaluation stays this process's own, as it may run on one alone.
+        if norm.training and dist.is_available() and dist.is_initialized():
+            if isinstance(norm, nn.SyncBatchNorm):
+                group = norm.process_group if norm.process_group is not None else dist.group.WORLD
+            elif self.sync_batch_norm:
+                group = self.process_group if self.process_group is not None else dist.group.WORLD
+        return NormParams(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, training, group)
 
     def extra_repr(self) -> str:
-        return f"in_channels={self.in_channels}"
-
-
-def _as_weight(momentum: float | Tensor, running: Tensor) -> float | Tensor:
-    return momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-
-
-def _norm_params(norm: nn.BatchNorm2d) -> NormParams:
-    # nn.BatchNorm2d uses the batch where it trains or where it keeps no running statistics.
-    training = norm.training or (norm.running_mean is None and norm.running_var is None)
-    return NormParams(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, training)
+        synchronised = ", sync_batch_norm=True" if self.sync_batch_norm else ""
+        return f"in_channels={self.in_channels}{synchronised}"

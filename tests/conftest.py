@@ -19,15 +19,19 @@ import torch
 
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
+    # PyTorch's own convolutions, which ours are held against: in full float32, and the same bits every time.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(params=["eager", "registered"])
 def route(request, monkeypatch):
     """Both ways to the operator: the autograd.Function and the registered operator."""
-    from fflfast.ops import distill_loss
+    from fflfast.ops import distill_loss, fuse_features
 
     if request.param == "registered":
-        monkeypatch.setattr(distill_loss, "is_traced", lambda tensor: True)
+        for module in (distill_loss, fuse_features):
+            monkeypatch.setattr(module, "is_traced", lambda tensor: True)
     return request.param
 
 
@@ -35,4 +39,11 @@ def route(request, monkeypatch):
 def backend(request, monkeypatch):
     """Every backend that can run here in turn, the CUDA kernels in their emulation; none may refuse a case."""
     operator_backends.use(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=operator_backends.FUSION_NAMES)
+def fusion_backend(request, monkeypatch):
+    """Every backend of fuse_features that can run here in turn."""
+    operator_backends.use_fusion(request.param, monkeypatch)
     return request.param

@@ -132,7 +132,7 @@ def test_low_precision_keeps_norms_in_float32(dtype, how):
     ours, plain, features = pair(CASES["two_equal"], torch.float32)
     expected = plain(features)
     if how == "autocast":
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             got = ours(features)
     else:
         got = ours([f.to(dtype) for f in features])
@@ -167,7 +167,7 @@ def test_meta_tensors_and_float64_under_autocast():
     features = [torch.empty(2, c, 4, 4, device="meta") for c in (3, 2)]
     assert module(features).shape == module.eval()(features).shape == (2, 5)
     ours, _, wide = pair(CASES["two_equal"])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert ours(wide).dtype == torch.float64
 
 
@@ -178,12 +178,6 @@ def test_untracked_running_statistics_stay_as_they_are():
     assert_same(step(ours, features), step(plain, features))
     assert_same(ours.buffers(), plain.buffers())
     assert ours.depthwise_norm.num_batches_tracked == 0
-
-
-def test_refuses_a_norm_that_would_have_to_synchronise():
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(FeatureFusion([3], 4, 5))
-    with pytest.raises(ValueError, match="convert the cohort alone"):
-        module([torch.randn(2, 3, 4, 4)])
 
 
 def test_gradcheck():
@@ -229,7 +223,7 @@ def test_initial_weights_have_the_published_spread():
         ([torch.randn(1, 3, 1, 1), torch.randn(1, 3, 1, 1)], ValueError, "more than 1 value per channel"),
         ([torch.zeros(2, 3, 4, 4, dtype=torch.uint8)] * 2, TypeError, "floating-point"),
     ],
-    ids=str,
+    ids=["empty", "a_tensor", "three_dimensions", "none", "batches", "channels", "no_rows", "one_value", "integers"],
 )
 def test_errors(features, error, message):
     m = FeatureFusion([3, 3], 4, 5)
@@ -253,3 +247,59 @@ def test_module_refuses_other_channels_and_a_single_value():
     with pytest.raises(ValueError, match="more than 1 value"):
         FeatureFusion([3, 3], 4, 5)([torch.randn(1, 3, 1, 1)] * 2)
     fflfast.nn.FeatureFusion([3, 3], 4, 5).eval()([torch.randn(1, 3, 1, 1)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("depthwise_norm", nn.InstanceNorm2d(6)),
+        ("pointwise_norm", nn.GroupNorm(1, 4)),
+        ("depthwise_norm", nn.Identity()),
+        ("pointwise", nn.Conv2d(6, 4, 1)),
+        ("pointwise", nn.Conv2d(6, 4, 1, bias=False, groups=2)),
+        ("depthwise", nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=6, bias=False)),
+        ("depthwise", nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False, padding_mode="reflect")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_modules_that_compute_something_else_are_refused(name, other):
+    module = FeatureFusion([3, 3], 4, 5)
+    setattr(module, name, other)
+    with pytest.raises(TypeError, match=f"expected {name} to be"):
+        module([torch.randn(2, 3, 4, 4)] * 2)
+
+
+def test_another_classifier_and_its_hooks_run():
+    module, seen = FeatureFusion([3, 3], 4, 5), []
+    module.classifier.register_forward_hook(lambda *args: seen.append("linear"))
+    features = [torch.randn(2, 3, 4, 4) for _ in range(2)]
+    module(features)
+    assert seen == ["linear"]
+    module.classifier = nn.Linear(4, 5, bias=False)
+    assert module([f.bfloat16() for f in features]).dtype == torch.bfloat16
+    module.classifier = nn.Identity()
+    assert module(features).shape == (2, 4)
+
+
+def test_arguments_that_no_operator_takes():
+    m = FeatureFusion([3, 3], 4, 5)
+    features = [torch.randn(2, 3, 4, 4) for _ in range(2)]
+    one, two = (NormParams(n.weight, n.bias, None, None, n.eps, True) for n in (m.depthwise_norm, m.pointwise_norm))
+    weights = m.depthwise.weight, m.pointwise.weight
+    with pytest.raises(TypeError, match="NormParams"):
+        fuse_features(features, weights[0], None, weights[1], two)
+    with pytest.raises(ValueError, match="eps must be 0 or more"):
+        fuse_features(features, weights[0], one._replace(eps=-1.0), weights[1], two)
+    with pytest.raises(TypeError, match="floating-point tensor or None"):
+        fuse_features(features, weights[0], one._replace(weight=torch.ones(6, dtype=torch.int64)), weights[1], two)
+    with pytest.raises(ValueError, match="C_out"):
+        fuse_features(features, weights[0], one, weights[1][:0], two)
+    with pytest.raises(TypeError, match="pointwise_weight must be a dense"):
+        fuse_features(features, weights[0], one, None, two)
+    with pytest.raises(TypeError, match="non-empty sequence"):
+        m(iter(features))
+    with pytest.raises(TypeError, match=r"features\[1\] must be a dense"):
+        m([features[0], features[1][0]])
+    m.depthwise_norm.momentum = -0.1
+    with pytest.raises(ValueError, match="momentum of 0 or more"):
+        m(features)

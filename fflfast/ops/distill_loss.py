@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..graph import DistillGraph
 from . import native, reference
 from .backends import Implementation, choose
+from .tracing import is_traced, is_transformed
 
 __all__ = ["IMPLEMENTATIONS", "LossOptions", "distill_loss", "is_traced"]
 
@@ -111,26 +110,18 @@ def distill_loss(
     traced: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss and detached terms of logits of one shape and dtype; scalars = (T, λ, μ), 0-dim. Arguments are checked."""
+    if is_transformed(logits):
+        raise RuntimeError(TRANSFORMED)
     if traced:
         graph, *rest = options
         loss, terms, _ = torch.ops.fflfast.distill_loss(list(logits), target, *scalars, graph.key, *rest)
         return loss, terms.detach()
-    if _is_transformed(logits):
-        raise RuntimeError(TRANSFORMED)
     chosen = _choose(logits, target, options)
     if torch.is_grad_enabled() and any(z.requires_grad for z in logits):
         call = _Call(chosen, options, target, scalars)
         loss = _DistillLoss.apply(call, *logits)
         return loss, call.terms
     return chosen.functions["forward"](logits, target, scalars, options)[:2]
-
-
-def _is_transformed(logits: Sequence[Tensor]) -> bool:
-    """Whether torch.func or forward-mode differentiation is at work on the logits, which a kernel would not see."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    level = forward_ad._current_level
-    return level >= 0 and any(forward_ad.unpack_dual(z).tangent is not None for z in logits)
 
 
 def _choose(logits: Sequence[Tensor], target: Tensor | None, options: LossOptions) -> Implementation:
@@ -141,13 +132,6 @@ def _choose(logits: Sequence[Tensor], target: Tensor | None, options: LossOption
         if logits[0].numel():
             raise
         return IMPLEMENTATIONS["reference"]
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether the call is being traced, or the tensor has no values to look at."""
-    return (
-        torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter) or is_in_torch_dispatch_mode()
-    )
 
 
 # ---- eager route ----------------------------------------------------------------------------------------------

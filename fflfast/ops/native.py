@@ -16,8 +16,20 @@ import torch
 from torch import Tensor
 
 from ..graph import DistillGraph
+from .fusion_reference import STAGES, Norm
 
-__all__ = ["REDUCTIONS", "TABLE_LIMITS", "as_rows", "bits", "distill_loss_functions", "load", "table"]
+__all__ = [
+    "REDUCTIONS",
+    "TABLE_LIMITS",
+    "as_rows",
+    "bits",
+    "distill_loss_functions",
+    "fusion_functions",
+    "fusion_operators",
+    "load",
+    "operators",
+    "table",
+]
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # What the table of csrc/distill_graph.h holds: logits tensors, mixtures, edges.
@@ -171,6 +183,21 @@ def distill_loss_functions(
     }
 
 
+def fusion_functions(operators: Callable[[], Any]) -> dict[str, Callable[..., Any]]:
+    """The stages of the fusion operator on top of a library's private operators, which take a Norm in pieces."""
+
+    def stage(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            pieces: list[Any] = []
+            for argument in arguments:
+                pieces += argument if isinstance(argument, Norm) else (argument,)
+            return getattr(operators(), name)(*pieces)
+
+        return call
+
+    return {name: stage(f"fusion_{name}") for name in STAGES}
+
+
 def _shaped(gradients: Sequence[Tensor], logits: Sequence[Tensor]) -> list[Tensor]:
     if logits[0].dim() == 2:
         return list(gradients)
@@ -186,3 +213,10 @@ def operators(namespace: str) -> SimpleNamespace:
         distill_loss_backward=found.distill_loss_backward.default,
         scale_gradients=found.scale_gradients.default,
     )
+
+
+@cache
+def fusion_operators(namespace: str) -> SimpleNamespace:
+    """The private operators of the fusion's stages in a loaded library."""
+    found = getattr(torch.ops, namespace)
+    return SimpleNamespace(**{f"fusion_{name}": getattr(found, f"fusion_{name}").default for name in STAGES})
