@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 
+import cpu_isas
 import pytest
 import torch
 from truth import GRAPHS, assert_contract, gradient_scale, plain_loss, random_logits, run, target_for
@@ -19,20 +20,9 @@ from fflfast.ops import native, reference
 if (reason := native.load("cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-ISAS = ("baseline", "avx2", "avx512")
+isa = cpu_isas.isa
 FUNCTIONS = native.distill_loss_functions(lambda: native.operators("fflfast_cpu"), native.table)
 FFL = DistillGraph.ffl(2)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Each instruction set that this machine has."""
-    best, wanted = torch.ops.fflfast_cpu.isa(-1), ISAS.index(request.param)
-    if torch.ops.fflfast_cpu.isa(wanted) != wanted:
-        torch.ops.fflfast_cpu.isa(best)
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    torch.ops.fflfast_cpu.isa(best)
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +157,7 @@ def test_random_graphs_and_nasty_rows(isa, seed):
 
 def test_an_environment_variable_bounds_the_instruction_set():
     code = "from fflfast.ops import native; import torch; native.load('cpu'); print(torch.ops.fflfast_cpu.isa(-1))"
-    for level, name in enumerate(ISAS):
+    for level, name in enumerate(cpu_isas.ISAS):
         run_ = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "FFLFAST_CPU_ISA": name}, capture_output=True, text=True
         )

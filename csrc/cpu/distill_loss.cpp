@@ -3,14 +3,11 @@
 #include <cstring>
 #include <memory>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "../python_module.h"
 #include "../schema.h"
+#include "isa.h"
 #include "make_plan.h"
+#include "memory.h"
 
 namespace fflfast {
 namespace {
@@ -48,19 +45,6 @@ constexpr int64_t kGrain = 16384;
 int64_t chunk_grain(const Plan& plan) {
   const int64_t numbers = plan.rows_per_chunk * plan.classes * plan.graph.num_logits;
   return numbers >= kGrain ? 1 : kGrain / numbers;
-}
-
-// Fresh memory costs a fault a page: 4 KB pages would take longer than the arithmetic. The advice covers the tensor's
-// first and last page too, as an aligned huge page may begin in the allocator's few bytes before it.
-void advise_huge_pages([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kWorthwhile = int64_t{1} << 22;
-  if (bytes < kWorthwhile) return;
-  static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data(tensor));
-  const uintptr_t first = begin & ~(page - 1), last = (begin + static_cast<uintptr_t>(bytes) + page - 1) & ~(page - 1);
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 void allocate_gradients(Plan* plan, int64_t wanted, const DistillArguments& a, const Tensor& like,
@@ -184,10 +168,13 @@ void scale_gradients(Tensor grad_loss, std::vector<Tensor> gradients) {
 // Bounds the instruction set: 0 baseline, 1 AVX2, 2 AVX-512, −1 changes nothing. Returns what runs now.
 int64_t isa(int64_t level) {
   if (level >= 0) kernels() = kernels_of(static_cast<int>(level));
-  return kernels() == avx512_kernels() ? 2 : kernels() == avx2_kernels() ? 1 : 0;
+  return isa_level();
 }
 
 }  // namespace
+
+int isa_level() { return kernels() == avx512_kernels() ? 2 : kernels() == avx2_kernels() ? 1 : 0; }
+
 }  // namespace fflfast
 
 STABLE_TORCH_LIBRARY(fflfast_cpu, m) {
