@@ -170,7 +170,8 @@ def targets() -> list[str]:
     flags = []
     for arch in filter(None, (a.strip() for a in archs.split(";"))):
         number = arch.removesuffix("+PTX")
-        if archs == DEFAULT_ARCHS and f"sm_{number}" not in known:
+        # The listing has no names with a letter behind: sm_90a goes with sm_90.
+        if archs == DEFAULT_ARCHS and f"sm_{number.rstrip('a')}" not in known:
             say(f"this nvcc does not know sm_{number}: left out")
             continue
         code = f"compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"

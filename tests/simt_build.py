@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -134,11 +136,12 @@ def build(name: str, *sources: Path, defines: tuple[str, ...] = (), torch_librar
         pytest.skip("the SIMT emulation wants a C++ compiler (g++, or $CXX)")
     CACHE.mkdir(parents=True, exist_ok=True)
     units = [*sources, *sorted(EMULATOR.glob("*.cpp"))]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda unit: _compile(compiler, unit, defines), units))
     torch_libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     link = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", *(torch_libraries if torch_library else [])]
-    library = _cached(f"{name}.so", [compiler, *map(str, objects), *link], b"")
+    with (CACHE / f"{name}.lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one builds, and the others wait for it
+        objects = list(pool.map(lambda unit: _compile(compiler, unit, defines), units))
+        library = _cached(f"{name}.so", [compiler, *map(str, objects), *link], b"")
     if torch_library:
         torch.ops.load_library(str(library))
     return Emulation(library)
@@ -146,17 +149,49 @@ def build(name: str, *sources: Path, defines: tuple[str, ...] = (), torch_librar
 
 @functools.lru_cache(maxsize=1)
 def load_distill_loss() -> Emulation:
-    """The CUDA library's operators on CPU tensors, torch.ops.fflfast_emulated."""
-    return build("distill_loss", *sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    """The CUDA library's operators of the loss on CPU tensors, torch.ops.fflfast_emulated."""
+    return build("distill_loss", *sorted((ROOT / "csrc" / "cuda").glob("distill_*.cu")))
+
+
+@functools.lru_cache(maxsize=1)
+def load_fuse_features() -> Emulation:
+    """Those of the fusion: a library of its own, which adds to the same namespace."""
+    return build("fuse_features", *sorted((ROOT / "csrc" / "cuda").glob("fus*.cu")))
+
+
+@contextlib.contextmanager
+def noisy_memory() -> Iterator[None]:
+    """Memory that nobody has written holds no right result of the run before. By glibc: torch fills what its Python
+    functions allocate in its deterministic mode, not what a library asks for."""
+    perturb = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
+    m_perturb = -6  # malloc.h
+    perturb(m_perturb, 1)
+    try:
+        yield
+    finally:
+        perturb(m_perturb, 0)
 
 
 def _compile(compiler: str, unit: Path, defines: tuple[str, ...]) -> Path:
     # The emulator's inner loop is worth -O2, while the many kernels must compile quickly.
     flags = [*FLAGS, "-O2" if unit.suffix == ".cpp" else "-O1", *defines, *(f"-I{p}" for p in INCLUDES[:-1])]
-    headers = [h for folder in INCLUDES[:-1] for h in sorted(folder.rglob("*.*h"))]
-    contents = torch.__version__.encode() + b"".join(file.read_bytes() for file in (*headers, unit))
+    contents = torch.__version__.encode() + b"".join(file.read_bytes() for file in _with_headers(unit))
     name = "-".join([unit.stem, *(define.strip("-") for define in defines)])
     return _cached(f"{name}.o", [compiler, *flags, "-isystem", str(INCLUDES[-1]), "-c", str(unit)], contents)
+
+
+def _with_headers(unit: Path) -> list[Path]:
+    """A source and the headers of this project that it includes, through others too."""
+    found, pending = set(), [unit.resolve()]
+    while pending:
+        file = pending.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', file.read_text(), re.MULTILINE):
+            places = (folder / name for folder in (file.parent, *INCLUDES[:-1]))
+            pending += [place.resolve() for place in places if place.is_file()][:1]
+    return sorted(found)
 
 
 def _cached(name: str, command: list[str], contents: bytes) -> Path:

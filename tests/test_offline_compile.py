@@ -69,13 +69,15 @@ def test_cuda_kernels_do_not_spill(compiled, source):
 
 
 def test_cuda_kernels_move_sixteen_bytes_at_a_time(compiled):
-    widest = {}
+    loads, both = {}, {}
     for r in (r for results in compiled.values() for r in results):
         name = r.kernel.split("<")[0].split("::")[-1]
-        widest[name] = max(widest.get(name, 0), min(r.widest_load, r.widest_store))
-    assert widest["pipeline"] == 128
-    assert widest["scale_gradients"] == 128
-    assert widest["distill_rows"] == 128
+        loads[name] = max(loads.get(name, 0), r.widest_load)
+        both[name] = max(both.get(name, 0), min(r.widest_load, r.widest_store))
+    for name in ("pipeline", "scale_gradients", "distill_rows", "backward_inputs"):
+        assert both[name] == 128, name
+    for name in ("depthwise_statistics", "pool"):  # which write a few sums
+        assert loads[name] == 128, name
 
 
 def test_a_spill_would_be_seen(tmp_path, monkeypatch):
@@ -106,6 +108,16 @@ def test_triton_kernels_compile_and_do_not_spill(triton_compiled, target):
     results = [r for r in triton_compiled if r.target == str(target)]
     assert len(results) > 10
     assert offline_compile.spilled(results) == []
+
+
+def test_triton_fusion_kernels_are_compiled_and_load_sixteen_bytes(triton_compiled):
+    widest: dict[str, int] = {}
+    for r in triton_compiled:
+        name = r.kernel.split()[0]
+        widest[name] = max(widest.get(name, 0), r.widest_load)
+    for name in ("depthwise_statistics", "pointwise", "pool", "inference", "backward_product", "weight_gradient"):
+        assert widest[f"{name}_kernel"] == 128, name
+    assert {"backward_pool_kernel", "backward_inputs_kernel", "update_running_kernel"} <= widest.keys()
 
 
 def test_reads_the_compilers_reports():

@@ -4,15 +4,12 @@ barriers, shuffles and waits is there for nothing: each is skipped in turn, and 
 from __future__ import annotations
 
 import ctypes
-import faulthandler
-import mmap
-import os
-import traceback
 from typing import NamedTuple
 
 import pytest
 import simt_build
 import torch
+from guarded import between_guards, died
 
 from fflfast import DistillGraph
 from fflfast.ops import native, reference
@@ -81,7 +78,8 @@ def fresh(library):
     library.reset()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    yield
+    with simt_build.noisy_memory():
+        yield
     torch.use_deterministic_algorithms(before)
     library.reset()
     library.clear("tickets")
@@ -196,38 +194,6 @@ def test_captured_launches_take_counters_of_their_own(library, right):
     library.capturing(True)
     for seed in SEEDS:
         assert same(bits(emulate(library, CASES["lanes-2"], seed)), right["lanes-2"][0])
-
-
-def between_guards(tensor, at_end):
-    """A copy that ends, or begins, where memory may not be touched."""
-    page = mmap.PAGESIZE
-    size = tensor.numel() * tensor.element_size()
-    room = (size + page - 1) // page * page
-    memory = mmap.mmap(-1, room + 2 * page)
-    copy = torch.frombuffer(
-        memory, dtype=tensor.dtype, count=tensor.numel(), offset=page + (room - size if at_end else 0)
-    ).view(tensor.shape)
-    copy.copy_(tensor)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for guard in (base, base + page + room):
-        assert protect(guard, page, 0) == 0
-    return copy
-
-
-def died(action):
-    """Whether a child process that does this does not end well."""
-    child = os.fork()
-    if child == 0:
-        faulthandler.disable()
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return os.waitpid(child, 0)[1] != 0
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])

@@ -4,72 +4,16 @@
 #include "../schema.h"
 #include "distill_launch.h"
 #include "launch_policy.h"
+#include "on_device.h"
 #ifndef FFLFAST_EMULATE
 #include "../python_module.h"
 #endif
-
-#include <atomic>
-#include <map>
-#include <mutex>
-#include <utility>
 
 namespace fflfast {
 namespace {
 
 using cuda::Geometry;
 using cuda::Operands;
-
-#ifdef FFLFAST_EMULATE
-struct OnDevice {
-  explicit OnDevice(const Tensor&) {}
-  const simt::DeviceProperties& properties = simt::device_properties(0);
-  void* stream = simt::current_stream(0);
-  int index = 0;
-};
-#else
-// Makes the tensor's device current while it lives.
-struct OnDevice {
-  explicit OnDevice(const Tensor& like)
-      : index(like.get_device_index()), guard(index), properties(simt::device_properties(index)),
-        stream(simt::current_stream(index)) {}
-  int index;
-  DeviceGuard guard;
-  const simt::DeviceProperties& properties;
-  void* stream;
-};
-#endif
-
-// Which counter a launch takes its tickets from (distill_loss_common.cuh). A counter wraps to zero with its launch's
-// last block, so launches that cannot overlap may share one, and none is ever set:
-// - launches of one stream run one after the other: each stream has a counter;
-// - a captured launch may be replayed on any stream beside any other launch, though never beside itself: each has a
-//   counter that nothing else is given, for as long as the process lives;
-// - where the library's counters have run out, one comes with the call, zeroed in stream order.
-struct Ticket {
-  int32_t slot = 0;
-  std::optional<Tensor> own;
-};
-
-Ticket take_ticket(const OnDevice& on, const Tensor& like) {
-  constexpr int kStreams = 1024;
-  static std::mutex mutex;
-  static std::map<std::pair<int, void*>, int32_t> of_stream;
-  static int32_t captured = kStreams;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (simt::is_capturing(on.stream)) {
-      if (captured < cuda::kTickets) return {captured++, std::nullopt};
-    } else {
-      const auto known = of_stream.find({on.index, on.stream});
-      if (known != of_stream.end()) return {known->second, std::nullopt};
-      const auto next = static_cast<int32_t>(of_stream.size());
-      if (next < kStreams) return {of_stream[{on.index, on.stream}] = next, std::nullopt};
-    }
-  }
-  Ticket ticket{0, empty({1}, Dtype::kFloat32, like)};
-  torch::stable::zero_(*ticket.own);
-  return ticket;
-}
 
 cuda::Number number(const Scalar& scalar) { return {scalar.value, scalar.device}; }
 
@@ -169,7 +113,7 @@ std::optional<Tensor> count_rows(const DistillArguments& a, const Tensor& like, 
 
 void use_ticket(const Ticket& ticket, Operands* o) {
   o->ticket_slot = ticket.slot;
-  o->ticket = ticket.own ? static_cast<unsigned*>(mutable_data(*ticket.own)) : nullptr;
+  o->ticket = ticket.memory();
 }
 
 std::vector<Tensor> distill_loss(std::vector<Tensor> logits, std::optional<Tensor> target, Tensor temperature,
@@ -189,7 +133,8 @@ std::vector<Tensor> distill_loss(std::vector<Tensor> logits, std::optional<Tenso
   out.push_back(empty({o.num_terms}, a.wide(), like));
   o.loss = mutable_data(out[0]);
   o.terms = mutable_data(out[1]);
-  const Ticket ticket = take_ticket(on, like);
+  static TicketOffice tickets(cuda::kTickets, 1024, 1);
+  const Ticket ticket = tickets.take(on, like);
   use_ticket(ticket, &o);
   std::optional<Tensor> count;
   if (gradients != 0) {

@@ -7,17 +7,11 @@
 #pragma once
 
 #include "distill_operands.h"
+#include "last_block.cuh"
 #include "simt.h"
 
 #include <cmath>
 #include <type_traits>
-
-// Where unrolling would only make code.
-#ifdef FFLFAST_EMULATE
-#define FFLFAST_ROLLED
-#else
-#define FFLFAST_ROLLED _Pragma("unroll 1")
-#endif
 
 namespace fflfast::cuda {
 
@@ -163,19 +157,10 @@ static unsigned tickets[kTickets];
 static __device__ unsigned tickets[kTickets];
 #endif
 
-// True in every thread of the block that is last to come here of `blocks`, which then sees what the others wrote before
-// it: their first threads themselves, or any of their threads before a barrier.
+// Whether this block is the last one of the launch to come here.
 template <int SITE>
 FFLFAST_DEVICE bool is_last_block(const Operands& o, int64_t blocks, int* shared) {
-  unsigned* ticket = o.ticket ? o.ticket : tickets + o.ticket_slot;
-  if (simt::thread_index() == 0) {
-    simt::fence_device();
-    const unsigned limit = static_cast<unsigned>(blocks - 1);
-    *shared = simt::atomic_inc_wrap(ticket, limit) == limit;
-    simt::fence_device();
-  }
-  simt::sync_block<SITE>();
-  return *shared != 0;
+  return is_last_of<SITE>(o.ticket ? o.ticket : tickets + o.ticket_slot, blocks, shared);
 }
 
 // The sum over blocks of column `column` of o.partials, in the same order every time; the whole warp takes part.

@@ -17,6 +17,8 @@
 #define FFLFAST_GRID_CONSTANT
 #define FFLFAST_LAUNCH_BOUNDS(...)
 #define FFLFAST_UNROLL
+#define FFLFAST_UNROLL_BY(n)
+#define FFLFAST_ROLLED
 #else
 #ifndef __CUDACC__
 #error "csrc/cuda needs nvcc, or FFLFAST_EMULATE to run on the host; compile CPU code without this header"
@@ -29,7 +31,10 @@
 #define FFLFAST_HOST_DEVICE __host__ __device__ __forceinline__
 #define FFLFAST_GRID_CONSTANT __grid_constant__
 #define FFLFAST_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
+#define FFLFAST_PRAGMA(text) _Pragma(#text)
 #define FFLFAST_UNROLL _Pragma("unroll")
+#define FFLFAST_UNROLL_BY(n) FFLFAST_PRAGMA(unroll n)
+#define FFLFAST_ROLLED _Pragma("unroll 1")  // where unrolling would only make code
 #endif
 
 namespace fflfast::simt {
@@ -113,6 +118,22 @@ struct alignas(2) BFloat16 {
 };
 template <class To, class From>
 FFLFAST_DEVICE To convert(From value);
+
+// c += a·b for a whole warp: a is 16 × K, b K × 8, c 16 × 8 in float32. T: BFloat16 or Half, K = 16 with two numbers a
+// word, the lower half first; float, K = 8, of which the tensor cores see the tf32 part (round it before). What a lane
+// holds, with g = lane / 4, t = lane % 4, and k(t) = {2t, 2t + 1} for 16 bits, t for tf32:
+//   a[0] row g, a[1] row g + 8, columns k(t);  a[2], a[3] the same rows, columns k(t) + K/2
+//   b[0] rows k(t), b[1] rows k(t) + K/2, column g;  c[0], c[1] row g, c[2], c[3] row g + 8, columns 2t and 2t + 1
+template <int SITE, class T>
+FFLFAST_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+// Four matrices of 8 × 8 16-bit numbers from shared memory. Lane l names row l % 8 of matrix l / 8, 16 bytes, aligned;
+// out[j] holds of matrix j row g, columns 2t and 2t + 1, or where TRANSPOSED column g, rows 2t and 2t + 1.
+template <int SITE, bool TRANSPOSED>
+FFLFAST_DEVICE void load_matrices(uint32_t (&out)[4], const void* row);
+
+// The bits of the nearest tf32 number (10 bits of fraction), ties away from zero.
+FFLFAST_DEVICE uint32_t round_to_tf32(float value);
 
 // A launch on `stream` (a cudaStream_t). shared: dynamic shared memory in bytes; cluster: blocks a cluster, 1 for none.
 struct Launch {

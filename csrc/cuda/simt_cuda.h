@@ -177,6 +177,45 @@ FFLFAST_DEVICE To convert(From value) {
   }
 }
 
+template <int SITE, class T>
+FFLFAST_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#define FFLFAST_MULTIPLY_ADD(shape_and_types)                                                                \
+  asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    FFLFAST_MULTIPLY_ADD("m16n8k16.row.col.f32.bf16.bf16.f32");
+  } else if constexpr (std::is_same_v<T, Half>) {
+    FFLFAST_MULTIPLY_ADD("m16n8k16.row.col.f32.f16.f16.f32");
+  } else {
+    static_assert(std::is_same_v<T, float>, "the tensor cores take bfloat16, float16 and tf32 here");
+    FFLFAST_MULTIPLY_ADD("m16n8k8.row.col.f32.tf32.tf32.f32");
+  }
+#undef FFLFAST_MULTIPLY_ADD
+}
+
+template <int SITE, bool TRANSPOSED>
+FFLFAST_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+#define FFLFAST_LOAD_MATRICES(transposed)                                                                    \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" transposed ".shared.b16 {%0, %1, %2, %3}, [%4];"              \
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])                                      \
+               : "r"(address)                                                                                \
+               : "memory")
+  if constexpr (TRANSPOSED) {
+    FFLFAST_LOAD_MATRICES(".trans");
+  } else {
+    FFLFAST_LOAD_MATRICES("");
+  }
+#undef FFLFAST_LOAD_MATRICES
+}
+
+FFLFAST_DEVICE uint32_t round_to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // an error that no launch here caused must not be reported to the next one

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -42,7 +43,7 @@ struct Gate {
   int first = 0, size = 0;  // its fibers
   int waiting = 0, site = 0;
   unsigned round = 0;
-  uint64_t value[2][kWarpSize];
+  unsigned char slots[2][kWarpSize][kSlot];
 };
 
 struct Fiber : Thread {
@@ -238,14 +239,15 @@ void barrier(Scope scope, int site) {
   leave();
 }
 
-uint64_t exchange(int site, uint64_t value, int lane) {
-  if (is_skipped(site)) return value;
+// What each lane of the warp hands in, kSlot bytes apart; null where the site is skipped.
+const unsigned char* gather(int site, const void* value, size_t bytes) {
+  if (is_skipped(site)) return nullptr;
   Fiber& self = machine.fibers[machine.running];
   Gate& gate = *self.gate[static_cast<int>(Scope::kWarp)];
-  const unsigned round = gate.round & 1;
-  gate.value[round][self.index % kWarpSize] = value;
+  auto& slots = gate.slots[gate.round & 1];
+  std::memcpy(slots[self.index % kWarpSize], value, bytes);
   barrier(Scope::kWarp, site);
-  return gate.value[round][lane];
+  return slots[0];
 }
 
 void let_others_run(unsigned odds) {

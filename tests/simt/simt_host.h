@@ -26,7 +26,8 @@ extern Thread* current;
 enum class Scope { kWarp, kBlock, kCluster };
 
 void barrier(Scope scope, int site);
-uint64_t exchange(int site, uint64_t value, int lane);
+constexpr size_t kSlot = 32;  // the most bytes a lane hands to the others at once
+const unsigned char* gather(int site, const void* value, size_t bytes);
 void* map_shared(void* local, unsigned rank);
 void let_others_run(unsigned odds);
 void begin_copy(void* shared, const void* global, int bytes);
@@ -72,10 +73,8 @@ inline void sync_cluster() {
 template <int SITE, class T>
 inline T shuffle_from(T value, int lane) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "lanes exchange 4- or 8-byte numbers");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = emulator::exchange(emulator::Site<SITE>::number, bits, lane & (kWarpSize - 1));
-  std::memcpy(&value, &bits, sizeof(T));
+  const unsigned char* slots = emulator::gather(emulator::Site<SITE>::number, &value, sizeof(T));
+  if (slots != nullptr) std::memcpy(&value, slots + (lane & (kWarpSize - 1)) * emulator::kSlot, sizeof(T));
   return value;
 }
 
@@ -212,6 +211,57 @@ inline To convert(From value) {
   } else {
     return static_cast<To>(value);
   }
+}
+
+// Number `half` of a word of two, or a tf32 number: what the tensor cores see of a float.
+template <class T>
+inline float operand(uint32_t word, int half) {
+  if constexpr (sizeof(T) == 2) {
+    return convert<float>(T{static_cast<uint16_t>(word >> (16 * half))});
+  } else {
+    return float_of_bits(word & ~0x1fffu);
+  }
+}
+
+template <int SITE, class T>
+inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  constexpr int kPerWord = 4 / sizeof(T);
+  uint32_t held[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const unsigned char* slots = emulator::gather(emulator::Site<SITE>::number, held, sizeof(held));
+  if (slots == nullptr) return;
+  const int group = lane_index() / 4, columns = lane_index() % 4 * 2;
+  for (int upper = 0; upper < 2; ++upper)
+    for (int t = 0; t < 4; ++t) {
+      uint32_t rows[2], of_columns[2];  // of the lanes that hold this part of K
+      std::memcpy(rows, slots + (group * 4 + t) * emulator::kSlot + upper * 8, 8);
+      for (int j = 0; j < 2; ++j)
+        std::memcpy(&of_columns[j], slots + ((columns + j) * 4 + t) * emulator::kSlot + 16 + upper * 4, 4);
+      for (int half = 0; half < kPerWord; ++half)
+        for (int n = 0; n < 4; ++n) c[n] += operand<T>(rows[n / 2], half) * operand<T>(of_columns[n % 2], half);
+    }
+}
+
+template <int SITE, bool TRANSPOSED>
+inline void load_matrices(uint32_t (&out)[4], const void* row) {
+  emulator::check_aligned(row, 16);
+  // Each lane hands in its row as it is when the lane comes here: one that another lane has yet to write is stale.
+  std::memcpy(out, row, sizeof(out));
+  const unsigned char* slots = emulator::gather(emulator::Site<SITE>::number, out, sizeof(out));
+  if (slots == nullptr) return;
+  const int group = lane_index() / 4, pair = lane_index() % 4 * 2;
+  for (int j = 0; j < 4; ++j) {
+    uint16_t halves[2];
+    for (int n = 0; n < 2; ++n) {
+      const int line = TRANSPOSED ? pair + n : group, column = TRANSPOSED ? group : pair + n;
+      std::memcpy(&halves[n], slots + (8 * j + line) * emulator::kSlot + 2 * column, 2);
+    }
+    out[j] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+  }
+}
+
+inline uint32_t round_to_tf32(float value) {
+  const uint32_t bits = bits_of_float(value);
+  return std::isnan(value) ? 0x7fffffff : std::isinf(value) ? bits : (bits + 0x1000) & ~0x1fffu;
 }
 
 template <class... Parameters, class... Arguments>
