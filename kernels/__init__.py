@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..graph import DistillGraph
     from .offline import Case
 
-__all__ = ["available", "interpreted", "offline_cases", "refuses"]
+__all__ = ["available", "interpreted", "offline_cases", "refuses", "refuses_fusion"]
+
+# Pixels of a feature map are counted in 32 bits, tiles of them reach a little beyond the last.
+MAX_PIXELS = 2**31 - 2**16
 
 
 def interpreted() -> bool:
@@ -32,18 +37,32 @@ def available() -> str | None:
     return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
 
 
+def _refuses_device(device_type: str) -> str | None:
+    if device_type in ("cuda", "xpu") or (device_type == "cpu" and interpreted()):
+        return None
+    return f"Triton has no kernels for {device_type} tensors"
+
+
 def refuses(device_type: str, graph: DistillGraph) -> str | None:
     """None where the kernels take logits on such a device with this graph, else the reason in a few words."""
     from . import launch
 
-    if device_type not in ("cuda", "xpu") and not (device_type == "cpu" and interpreted()):
-        return f"Triton has no kernels for {device_type} tensors"
+    if (reason := _refuses_device(device_type)) is not None:
+        return reason
     sizes = (graph.num_logits, graph.num_mixtures, len(graph.edges))
     limits = (launch.MAX_LOGITS, launch.MAX_MIXTURES, launch.MAX_EDGES)
     if any(size > limit for size, limit in zip(sizes, limits, strict=True)):
         found = "the graph has {} logits tensors, {} mixtures and {} edges".format(*sizes)
         return found + "; these kernels take at most {}, {} and {}".format(*limits)
     return None
+
+
+def refuses_fusion(features: Sequence[Tensor]) -> str | None:
+    """None where the kernels take such feature maps, else the reason in a few words."""
+    batch, _, height, width = features[0].shape
+    if batch * height * width > MAX_PIXELS:
+        return f"B·H·W is {batch * height * width}; these kernels count pixels in 32 bits and take up to {MAX_PIXELS}"
+    return _refuses_device(features[0].device.type)
 
 
 def offline_cases() -> Iterator[Case]:

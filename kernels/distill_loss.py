@@ -7,13 +7,12 @@ here waits for the device: a scalar on the CPU is passed by value, one on the de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ..graph import DistillGraph
-from . import launch
+from . import device, launch
 from .distill_loss_kernels import backward_kernel, count_kernel, finish_kernel, forward_kernel, scale_kernel
 from .plan import INDEX, NO_TARGET, PROBABILITIES, Plan, plan
 
@@ -62,7 +61,7 @@ def distill_loss(
     partials = z.new_empty((graph.num_terms + 2) * num_programs, dtype=acc)
     statistics = None if gradients else z.new_empty(1 + num_rows * k.columns.width, dtype=acc)
     grads = _empty_gradients(logits, gradients)
-    with _device_of(z):
+    with device.of(z):
         count, counts, num_counts = 0, None, 0
         if gradients and reduction == MEAN:
             count = 1
@@ -110,7 +109,7 @@ def distill_loss_backward(
         z = logits[0]
         scalars, by_pointer = _scalars(z, temperature, kl_weight, ce_weight, label_smoothing, target_eps)
         k, warps = _plan(graph, logits, target, label_smoothing, target_eps, by_pointer)
-        with _device_of(z):
+        with device.of(z):
             backward_kernel[(launch.programs(-(-z.shape[0] // k.rows)),)](
                 *_tensors(logits, target, k.vec), *scalars, ignore_index, z.shape[0], z.shape[1] // k.vec, grad_loss,
                 statistics, grads, reduction == NONE, reduction == MEAN, needs_grad, k, num_warps=warps,
@@ -124,7 +123,7 @@ def scale_gradients(grad_loss: Tensor, gradients: Sequence[Tensor]) -> None:
     if filled:
         size = filled[0].numel()
         vec = min(size & -size, 16 // filled[0].element_size())
-        with _device_of(filled[0]):
+        with device.of(filled[0]):
             scale_kernel[(min(-(-size // launch.SCALE_BLOCK), launch.SCALE_PROGRAMS),)](
                 grad_loss, filled, size // vec, vec, launch.SCALE_BLOCK, num_warps=launch.FEWEST_WARPS
             )
@@ -208,11 +207,3 @@ def _count(target: Tensor | None, num_rows: int, ignore_index: int) -> tuple[Ten
     counts = torch.empty(num_counts, dtype=torch.int32, device=target.device)
     count_kernel[(num_counts,)](target, counts, num_rows, each, ignore_index, launch.COUNT_BLOCK)
     return counts, num_counts
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make that the tensor's."""
-    if tensor.is_cpu:
-        return nullcontext()
-    device = torch.get_device_module(tensor.device)
-    return nullcontext() if device.current_device() == tensor.device.index else device.device(tensor.device)

@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from ..graph import DistillGraph
 from . import launch
 from .distill_loss_kernels import backward_kernel, count_kernel, finish_kernel, forward_kernel, scale_kernel
+from .fusion_offline import launches as fusion_launches
 from .plan import INDEX, NO_TARGET, PROBABILITIES, plan
 
 __all__ = ["Case", "cases"]
 
 Path = tuple[int, ...]
 
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 TRAINED_MIXTURE = DistillGraph(2, (1.0, 0.0), ((0.5, 0.5),), ((2, 0, 0.7, False), (1, 0, 1.3, False)))
 
@@ -33,7 +38,8 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """The main path (FFL, each dtype, narrow and wide rows) and each option on one shape."""
+    """The fusion's, then the loss's: the main path (FFL, each dtype, narrow and wide rows) and each option."""
+    yield from _fusion()
     ffl = DistillGraph.ffl(2)
     for dtype in SIZES:
         for num_classes in (100, 1000, 32000):
@@ -80,6 +86,22 @@ def cases() -> Iterator[Case]:
         "count", count_kernel, launch.FEWEST_WARPS,
         target="*i64", counts="*i32", num_rows="i32", rows_each="i32", ignore_index="i32", BLOCK=launch.COUNT_BLOCK,
     )  # fmt: skip
+
+
+def _fusion() -> Iterator[Case]:
+    for name, kernel, arguments, warps in fusion_launches():
+        yield _case(name, kernel, warps, **{p.name: v if p.is_constexpr else _kind(v) for p, v in arguments})
+
+
+def _kind(value: Any) -> Any:
+    """The type of a launch's argument."""
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    if isinstance(value, int):
+        return "i64" if value >= 2**31 else "i32"
+    return "fp32" if isinstance(value, float) else None
 
 
 def _loss(
@@ -135,12 +157,14 @@ def _case(name: str, fn: Any, num_warps: int, **arguments: Any) -> Case:
     aligned = [["tt.divisibility", 16]]
     for position, parameter in enumerate(fn.arg_names):
         kind = arguments[parameter]
-        if parameter.isupper() or kind is None:
+        if fn.params[position].is_constexpr or kind is None:
             signature[parameter], constexprs[(position,)] = "constexpr", kind
             continue
         signature[parameter] = kind
         if isinstance(kind, tuple):
-            attrs.update({(position, i): aligned for i, k in enumerate(kind) if k.startswith("*")})
+            signature[parameter] = tuple("constexpr" if k is None else k for k in kind)
+            constexprs.update({(position, i): None for i, k in enumerate(kind) if k is None})
+            attrs.update({(position, i): aligned for i, k in enumerate(kind) if k is not None and k.startswith("*")})
         elif kind.startswith("*"):
             attrs[(position,)] = aligned
     return Case(name, fn, signature, constexprs, attrs, num_warps)
