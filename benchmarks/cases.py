@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fflfast import DistillGraph
-from fflfast.accuracy import LossSettings
+from fflfast.accuracy import LossSettings, gradient_scale, plain_distill_loss
+
+from .floor import copy_rate
 
 __all__ = ["CPU_CASES", "GPU_CASES", "Case", "Data", "cases_for"]
 
@@ -19,6 +22,18 @@ class Data(NamedTuple):
 
     logits: list[Tensor]
     target: Tensor
+
+    @property
+    def grad(self) -> None:
+        return None
+
+    @property
+    def arguments(self) -> tuple[list[Tensor], Tensor]:
+        return self.logits, self.target
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return self.logits
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,19 @@ class Case:
         return f"ffl2-{self.rows}x{self.num_classes}-{str(self.dtype).removeprefix('torch.')}"
 
     @property
+    def columns(self) -> dict[str, Any]:
+        """What the rows of this case have in common."""
+        return {
+            "case": self.name, "rows": self.rows, "classes": self.num_classes,
+            "dtype": str(self.dtype).removeprefix("torch."), "eager_goal": self.eager_factor,
+            "compile_goal": self.compile_factor,
+        }  # fmt: skip
+
+    @property
+    def bytes_of_inputs(self) -> int:
+        return self.graph.num_logits * self.tensor_bytes
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of one logits tensor."""
         return self.rows * self.num_classes * self.dtype.itemsize
@@ -65,6 +93,38 @@ class Case:
                 part.copy_(3 * torch.randn(part.shape, generator=generator, device=device))
             logits.append(z.requires_grad_())
         return Data(logits, torch.randint(self.num_classes, (self.rows,), generator=generator, device=device))
+
+    def floors(self, device: torch.device) -> dict[str, dict[str, float]]:
+        """By mode, the time of a copy of the least bytes. Alone, a backward has none: it may find its work done."""
+        rate = copy_rate([(self.rows, self.num_classes)] * self.graph.num_logits, self.dtype, device)
+        least = {mode: self.minimal_bytes(mode) for mode in ("forward+backward", "forward")}
+        return {mode: {"minimal_mb": n / 1e6, "copy_ms": 1e3 * n / rate} for mode, n in least.items()}
+
+    def errors(self, data: Data, results: Mapping[str, tuple[Tensor, list[Tensor]]]) -> dict[str, dict[str, float]]:
+        """Against float64: relative error of the loss, largest error of a gradient relative to s of the contract."""
+        settings = self.settings._replace(reduction="sum")
+        exact_loss, worst = 0.0, dict.fromkeys(results, 0.0)
+        step = max(1, (1 << 22) // self.num_classes)
+        for start in range(0, self.rows, step):
+            part = slice(start, start + step)
+            leaves = [z.detach()[part].double().requires_grad_() for z in data.logits]
+            target = data.target[part]
+            loss, _ = plain_distill_loss(leaves, target, self.graph, settings)
+            loss.backward()
+            exact_loss += float(loss.detach()) / self.rows
+            scales = gradient_scale(leaves, target, self.graph, settings)
+            for name, (_, gradients) in results.items():
+                for g, z, s in zip(gradients, leaves, scales, strict=True):
+                    assert z.grad is not None
+                    ratio = ((g[part].double() * self.rows - z.grad).abs() / s.clamp(min=1e-300)).max()
+                    worst[name] = max(worst[name], float(ratio))
+        return {
+            name: {
+                "loss_error": abs(float(loss.double()) - exact_loss) / abs(exact_loss),
+                "gradient_error": worst[name],
+            }
+            for name, (loss, _) in results.items()
+        }
 
 
 CPU_CASES = (

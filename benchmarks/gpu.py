@@ -1,11 +1,16 @@
 """Everything that needs a GPU, in one command: build, doctor, tests, memory and race checks, benchmarks.
 
-    python benchmarks/gpu.py [--out FOLDER] [--stages build,doctor,tests,memcheck,racecheck,bench] [--minutes 10]
+    python benchmarks/gpu.py [--out FOLDER] [--stages build,doctor,…] [--minutes 30]
+
+The stages: build, doctor; of the loss tests, memcheck, racecheck, bench; of the fusion the same as fusion-tests,
+fusion-memcheck, fusion-racecheck, fusion-bench; step-share, what both take of a whole training step. With a machine for
+ten minutes at a time, run them in two calls: --minutes 9.5 and half of the stages each.
 
 Needs torch and numpy, pytest for the tests, and nvcc where the CUDA library is not built yet; no network, and fflfast
 need not be installed. Each stage has a time limit, and one that fails does not stop the next. The folder of the results
 (default: $OUT, else benchmarks/results/DEVICE) gets gpu.log with all output, gpu.md with the outcome of each stage,
-doctor.txt, and the files of `benchmarks.loss`. Exit code 0 when every stage passed.
+doctor.txt, and the files of `benchmarks.loss`, `benchmarks.fusion` (fusion.md ends with each target, met or missed, and
+by how much) and `benchmarks.step_share`. Exit code 0 when every stage passed.
 """
 
 from __future__ import annotations
@@ -17,16 +22,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = (
+LOSS_TESTS = (
     "test_distill_loss.py", "test_distill_loss_rows.py", "test_distill_loss_composition.py",
     "test_distill_loss_fuzz.py", "test_drop_in.py",
 )  # fmt: skip
+FUSION_TESTS = ("test_fusion_stages.py", "test_fusion_operator.py", "test_fuse_features.py")
 PYTHON = [sys.executable, "-u"]
 
 
@@ -87,6 +93,9 @@ class Run:
         return "passed" if code == 0 else f"failed (exit code {code})"
 
 
+Stage = Callable[[Run], str]
+
+
 def _python(code: str) -> list[str]:
     return [*PYTHON, "-c", code]
 
@@ -114,46 +123,58 @@ def build(run: Run) -> str:
 
 
 def doctor(run: Run) -> str:
-    return run.command([*PYTHON, "-m", "fflfast", "doctor", "--device", "cuda"], 100, run.out / "doctor.txt")
+    return run.command([*PYTHON, "-m", "fflfast", "doctor", "--device", "cuda"], 200, run.out / "doctor.txt")
 
 
-def tests(run: Run) -> str:
-    if run.command(_python("import pytest"), 60) != "passed":
-        return "skipped: pytest is not installed"
-    files = [f"tests/{name}" for name in TESTS if (ROOT / "tests" / name).exists()]
-    required = os.environ.get("FFLFAST_TEST_BACKENDS", "reference cuda triton")
-    return run.command(
-        [*PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", *files], 150,
-        FFLFAST_TEST_DEVICE="cuda", FFLFAST_TEST_BACKENDS=required,
-    )  # fmt: skip
+def _tests(names: Sequence[str], limit: float) -> Stage:
+    def tests(run: Run) -> str:
+        if run.command(_python("import pytest"), 60) != "passed":
+            return "skipped: pytest is not installed"
+        files = [f"tests/{name}" for name in names if (ROOT / "tests" / name).exists()]
+        required = os.environ.get("FFLFAST_TEST_BACKENDS", "reference cuda triton")
+        return run.command(
+            [*PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", *files], limit,
+            FFLFAST_TEST_DEVICE="cuda", FFLFAST_TEST_BACKENDS=required,
+        )  # fmt: skip
+
+    return tests
 
 
-def _checked(tool: str) -> Callable[[Run], str]:
+def _checked(tool: str, operator: str, limit: float) -> Stage:
     def check(run: Run) -> str:
         checker = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
         if checker is None:
             return "skipped: compute-sanitizer is not installed"
         command = [checker, "--tool", tool, "--kernel-regex", "kns=fflfast", "--error-exitcode", "9"]
+        quick = ["--quick"] if tool == "racecheck" else []
         # PyTorch's caching allocator would hide an access past a tensor's end inside its own block.
         return run.command(
-            [*command, *PYTHON, "-m", "benchmarks.sanitize", *(["--quick"] if tool == "racecheck" else [])], 75,
+            [*command, *PYTHON, "-m", "benchmarks.sanitize", "--operator", operator, *quick], limit,
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
 
     return check
 
 
-def bench(run: Run) -> str:
-    return run.command([*PYTHON, "-m", "benchmarks.loss", "--device", "cuda", "--out", str(run.out)], 280)
+def _benchmark(name: str, limit: float) -> Stage:
+    def bench(run: Run) -> str:
+        return run.command([*PYTHON, "-m", f"benchmarks.{name}", "--device", "cuda", "--out", str(run.out)], limit)
+
+    return bench
 
 
-STAGES: dict[str, Callable[[Run], str]] = {
+STAGES: dict[str, Stage] = {
     "build": build,
     "doctor": doctor,
-    "tests": tests,
-    "memcheck": _checked("memcheck"),
-    "racecheck": _checked("racecheck"),
-    "bench": bench,
+    "tests": _tests(LOSS_TESTS, 150),
+    "fusion-tests": _tests(FUSION_TESTS, 300),
+    "memcheck": _checked("memcheck", "distill_loss", 75),
+    "racecheck": _checked("racecheck", "distill_loss", 75),
+    "fusion-memcheck": _checked("memcheck", "fuse_features", 150),
+    "fusion-racecheck": _checked("racecheck", "fuse_features", 150),
+    "bench": _benchmark("loss", 280),
+    "fusion-bench": _benchmark("fusion", 500),
+    "step-share": _benchmark("step_share", 120),
 }
 
 
@@ -170,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--stages", default=",".join(STAGES), help="which, with commas between (default: all)")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together (default: 9.5)")
+    parser.add_argument("--minutes", type=float, default=30, help="for all stages together (default: 30)")
     options = parser.parse_args()
     chosen = [name for name in options.stages.split(",") if name]
     if unknown := [name for name in chosen if name not in STAGES]:

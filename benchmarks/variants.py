@@ -7,7 +7,6 @@ own kernels for the terms that they have, and PyTorch the rest.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,13 +17,12 @@ from torch import Tensor
 
 import fflfast
 
+from .calls import Variant, available_backends, under
 from .cases import Case
 
-__all__ = ["Variant", "plain_ffl", "variants_for"]
+__all__ = ["plain_ffl", "variants_for"]
 
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
-# A name and a factory, so that nothing is compiled or imported before its turn.
-Variant = tuple[str, Callable[[Case], Loss]]
 
 
 def plain_ffl(logits: Sequence[Tensor], target: Tensor, temperature: float = 3.0, kl_weight: float = 0.5) -> Tensor:
@@ -47,24 +45,9 @@ def _ours(backend: str) -> Callable[[Case], Loss]:
         def loss(logits: Sequence[Tensor], target: Tensor) -> Tensor:
             return fflfast.distill_loss(logits, target, case.graph, **settings).loss
 
-        return _under(backend, loss)
+        return under(backend, loss)
 
     return build
-
-
-def _under(backend: str, loss: Loss) -> Loss:
-    """The loss with its backend forced, without paying for a context manager in each call."""
-
-    def run(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-        return loss(logits, target)
-
-    run.context = lambda: fflfast.use_backend(backend)  # type: ignore[attr-defined]
-    return run
-
-
-def context(loss: Loss) -> contextlib.AbstractContextManager[Any]:
-    """What has to be open while a variant runs, its backward included."""
-    return getattr(loss, "context", contextlib.nullcontext)()
 
 
 def _eager(case: Case) -> Loss:
@@ -113,11 +96,7 @@ def _quack(case: Case) -> Loss:
 
 def variants_for(device: torch.device, *, compiled: bool = True, tuned: bool = False) -> list[Variant]:
     """Everything that can run on a device, ours first; peers only where their package is installed."""
-    elsewhere = ("cuda", "triton") if device.type == "cpu" else ("cpu",)
-    ours = [name for name, state in fflfast.backends().items() if state == "available" and name not in elsewhere]
-    if len(ours) > 1:
-        ours.remove("reference")  # a definition, not a competitor; measured only where there is nothing else
-    found: list[Variant] = [(name, _ours(name)) for name in ours]
+    found: list[Variant] = [(name, _ours(name)) for name in available_backends(device)]
     found.append(("eager", _eager))
     if compiled:
         found.append(("compile", _compiled()))

@@ -1,10 +1,11 @@
-"""How close to float64 `distill_loss` has to be, and how close a result came.
+"""How close to float64 `distill_loss` and `fuse_features` have to be, and how close a result came.
 
 The rule: the error against float64 may be four times that of the same formula written with PyTorch's operators in
-float32, plus a floor. For loss and terms the floor is 1e-6 of the value. A gradient is judged element by element,
-relative to s = [μ ce (p + y) + λT Σ_e w (p_s + p_t)] / n, the size of what was added up, so that an error in the tail
-of a distribution shows; its floor is one unit in the last place of the output dtype. What is infinite or NaN has to
-be the same in both. `fflfast doctor` and the benchmarks judge by it.
+float32, plus a floor. For loss and terms the floor is 1e-6 of the value. A gradient of the loss is judged element by
+element, relative to s = [μ ce (p + y) + λT Σ_e w (p_s + p_t)] / n, the size of what was added up, so that an error in
+the tail of a distribution shows; its floor is one unit in the last place of the output dtype. Whatever the fusion
+returns is judged by the largest element of its tensor. What is infinite or NaN has to be the same in both.
+`fflfast doctor` and the benchmarks judge by it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .graph import DistillGraph
 
-__all__ = ["LossSettings", "gradient_scale", "gradient_share", "plain_distill_loss", "value_share"]
+__all__ = ["LossSettings", "gradient_scale", "gradient_share", "plain_distill_loss", "tensor_share", "value_share"]
 
 
 class LossSettings(NamedTuple):
@@ -116,6 +117,20 @@ def gradient_share(got: Tensor, plain: Tensor, exact: Tensor, scale: Tensor) -> 
     # float64 is measured against itself, so its baseline is zero. Subnormals of the output have an absolute step.
     allowed = limits.eps * exact.abs() + (4 * baseline + 4e-15) * scale
     return _worst_share(got, exact, allowed.clamp(min=limits.smallest_normal * limits.eps))
+
+
+def tensor_share(got: Tensor, plain: Sequence[Tensor], exact: Tensor, floor: float) -> float:
+    """Worst error of a tensor as a share of what is allowed where elements are judged by the largest among them.
+
+    Four times the worst error of PyTorch's operators, which `plain` has in several orders of summation, plus `floor`
+    of the largest value.
+    """
+    if any(t.shape != exact.shape for t in (got, *plain)):
+        return torch.inf
+    got, exact = (t.detach().double().cpu() for t in (got, exact))
+    baseline = max(_largest((t.detach().double().cpu() - exact).abs()) for t in plain)
+    allowed = torch.full_like(exact, 4 * baseline + floor * _largest(exact.abs()))
+    return _worst_share(got, exact, allowed)
 
 
 def _rows(like: Tensor, target: Tensor | None, settings: LossSettings) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,7 @@
 """`fflfast doctor`: every backend that is here against float64, on this machine, forward and backward.
 
 Needs nothing beyond torch and numpy. The rule is that of `fflfast.accuracy`; what goes in is listed per operator
-(`fflfast.doctor_loss`). A further operator adds its checks to `_checks`.
+(`fflfast.doctor_loss`, `fflfast.doctor_fusion`). A further operator adds its checks to `_checks`.
 """
 
 from __future__ import annotations
@@ -152,9 +152,11 @@ def _devices(device: str | None) -> list[torch.device]:
 
 
 def _checks(device: torch.device, quick: bool) -> list[Check]:
-    from .doctor_loss import CHECKS  # here, because it builds graphs and closures that nobody else needs
+    # Here, because they build graphs and closures that nobody else needs.
+    from .doctor_fusion import CHECKS as FUSION
+    from .doctor_loss import CHECKS as LOSS
 
-    everything: tuple[Check, ...] = CHECKS
+    everything: tuple[Check, ...] = (*LOSS, *FUSION)
     return [
         check for check in everything if (check.quick or not quick) and not (check.device_only and device.type == "cpu")
     ]
@@ -201,9 +203,12 @@ def _examine(
     for name, reason in idle.items():
         write(f"  {name} takes no call on {device}: {reason}")
     for i in shown:
-        refused = {name: row[i].reason for name, row in table.items() if row[i].reason and not row[i].missed}
-        for name, reason in refused.items():
-            write(f"  {columns[i][0]} leaves {name!r} to the next backend: {reason}")
+        refused: dict[str, list[str]] = {}
+        for name, row in table.items():
+            if row[i].reason and not row[i].missed:
+                refused.setdefault(row[i].reason, []).append(repr(name))
+        for reason, checks in refused.items():
+            write(f"  {columns[i][0]} leaves {', '.join(checks)} to the next backend: {reason}")
     if no_compiler:
         write(f"  torch.compile skipped: {no_compiler}")
     return misses, set(idle)

@@ -13,7 +13,7 @@ from .accuracy import LossSettings, gradient_scale, gradient_share, plain_distil
 from .functional import distill_loss
 from .graph import DistillGraph
 
-__all__ = ["CHECKS", "LossCheck"]
+__all__ = ["CHECKS", "Draw", "LossCheck", "broken"]
 
 _NAN, _INF = float("nan"), float("inf")
 _KD = DistillGraph(2, (0.0, 0.0), (), ((1, 0, 1.0),), ("student", "teacher"))
@@ -136,10 +136,10 @@ class LossCheck:
                             got.again[i], baseline.again[i], exact.again[i], scales[i] * factor
                         )
             again = self._run(function, logits, target, False)
-            shares["same bits when repeated"] = _broken(
+            shares["same bits when repeated"] = broken(
                 [(got.loss, again.loss), (got.terms, again.terms), *zip(got.gradients, again.gradients, strict=True)]
             )
-            shares["input left alone"] = _broken(zip(logits, before, strict=True))
+            shares["input left alone"] = broken(zip(logits, before, strict=True))
             if got.loss.dtype != wide or any(g.dtype != z.dtype for g, z in zip(got.gradients, logits, strict=True)):
                 shares["dtypes"] = _INF
             return shares
@@ -167,7 +167,7 @@ class LossCheck:
         return (3 - 0.25 * (steps % 16)).reshape(loss.shape)
 
 
-def _broken(pairs: Any) -> float:
+def broken(pairs: Any) -> float:
     """0 where each pair holds the same bits, else infinite."""
     return 0.0 if all(torch.equal(a.nan_to_num(1.5), b.nan_to_num(1.5)) for a, b in pairs) else _INF
 

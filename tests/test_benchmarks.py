@@ -42,14 +42,13 @@ def test_every_variant_computes_the_same_loss_and_a_wrong_one_shows():
     results = {}
     for name, factory in variants.variants_for(torch.device("cpu"), compiled=False):
         loss = factory(case)
-        with variants.context(loss):
+        with module("calls").context(loss):
             results[name] = measure.once(loss, data)
     assert "eager" in results
     assert len(results) >= 2
     results["wrong"] = (results["eager"][0] * 1.01, [2 * g for g in results["eager"][1]])
-    found = measure.errors(case, data, results)
-    for name, (loss_error, gradient_error) in found.items():
-        assert (loss_error > 1e-3, gradient_error > 1e-3) == ((name == "wrong"),) * 2, name
+    for name, errors in case.errors(data, results).items():
+        assert {error > 1e-3 for error in errors.values()} == {name == "wrong"}, name
 
 
 @pytest.mark.parametrize("mode", ["forward+backward", "forward", "backward"])
@@ -72,14 +71,14 @@ def test_times_and_fresh_gradients(mode):
 
 
 def test_peak_memory_counts_what_lives_at_once():
-    measure = module("measure")
+    memory = module("memory")
     _, data = small()
     data = data._replace(logits=[torch.zeros(1000, 1000, requires_grad=True)])  # 4 MB
 
     def loss(logits, target):
         return (logits[0] * 2).exp().sum()  # two intermediates, of which exp keeps its result
 
-    assert 8e6 <= measure.peak_bytes(loss, data) < 13e6
+    assert 8e6 <= memory.peak_bytes(loss, data) < 13e6
 
 
 def test_the_table(tmp_path):
@@ -95,7 +94,7 @@ def test_the_table(tmp_path):
     assert "a CPU, 2 of 2 threads" in text
     assert "not measured yet" in report.table(report.read(tmp_path / "sub" / "loss.csv")[1:])
     pytest.importorskip("matplotlib")
-    report.plot(report.read(tmp_path / "sub" / "loss.csv"), tmp_path / "loss.png")
+    module("loss")._plot(report.read(tmp_path / "sub" / "loss.csv"), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -107,8 +106,8 @@ def test_the_table_of_launches():
         {**row, "variant": "cuda", "mode": "host", "median_ms": "0.06", "launches": "2"},
         {**row, "variant": "engine", "mode": "host", "median_ms": "0.04"},
     ]
-    assert "| (2, 3), float32 | cuda | 2 | 8 µs | 20 µs |" in report.latency_table(rows)
-    assert report.latency_table(rows[:1]) == ""
+    assert "| (2, 3), float32 | cuda | 2 | 8 µs | 20 µs |" in report.latency_table(rows, report.loss_label)
+    assert report.latency_table(rows[:1], report.loss_label) == ""
 
 
 def test_the_command_measures_a_case(tmp_path, monkeypatch, capsys):
@@ -168,10 +167,35 @@ def test_gpu_stages_do_not_stop_each_other(monkeypatch, tmp_path):
     assert gpu.main() == 0
 
 
-def test_sanitize_runs_every_graph(monkeypatch, capsys):
+def test_sanitize_runs_every_kernel(monkeypatch, capsys):
     sanitize = module("sanitize")
     monkeypatch.setattr(sanitize, "CLASSES", ((7, 5), (9, 4), (11, 2)))
+    monkeypatch.setattr(sanitize, "SIZES", ((2, (3, 2), 4, 4, 5), (3, (4,), 1, 1, 2)))
     monkeypatch.setattr(sys, "argv", ["sanitize", "--backend", "reference", "--device", "cpu"])
     assert sanitize.main() == 0
-    calls = 3 * len(sanitize.CLASSES) * len(sanitize.DTYPES) * len(sanitize.GRAPHS)
-    assert f"{calls} calls of reference on cpu, 0 with" in capsys.readouterr().out
+    losses = 3 * len(sanitize.CLASSES) * len(sanitize.DTYPES) * len(sanitize.GRAPHS)
+    fusions = len(sanitize.SIZES) * len(sanitize.LAYOUTS) * len(sanitize.PRECISIONS) * len(sanitize.MODES)
+    out = capsys.readouterr().out
+    assert f"distill_loss: {losses} calls of reference on cpu, 0 with" in out
+    assert f"fuse_features: {fusions} calls of reference on cpu, 0 with" in out
+
+
+def test_sanitize_tells_a_result_that_is_not_finite(monkeypatch, capsys):
+    sanitize = module("sanitize")
+    monkeypatch.setitem(sanitize.OPERATORS, "fuse_features", lambda device, quick: [("bad", [torch.tensor(torch.nan)])])
+    monkeypatch.setattr(
+        sys, "argv", ["sanitize", "--backend", "reference", "--device", "cpu", "--operator", "fuse_features"]
+    )
+    assert sanitize.main() == 1
+    assert (
+        capsys.readouterr().out
+        == "fuse_features: 1 calls of reference on cpu, 1 with a result that is not finite\n  bad\n"
+    )
+
+
+def test_every_stage_of_make_gpu_names_what_is_there():
+    gpu = module("gpu")
+    for name in (*gpu.LOSS_TESTS, *gpu.FUSION_TESTS):
+        assert (ROOT / "tests" / name).exists(), name
+    for name in ("loss", "fusion", "step_share"):
+        assert callable(module(name).main)
