@@ -1,8 +1,9 @@
 # make demo   train FFL on real digits, from nothing but Python ≥ 3.10
 # make test   the whole test suite, with its own set-up
 # make lint   ruff and mypy alone
-# make bench  the operators' benchmarks on this machine
+# make bench  the operators' benchmarks on this machine, and what share of a training step they are
 # make gpu    on a machine with a GPU: build, tests, race and memory checks, benchmarks; results go to $OUT
+#             (STAGES=build,doctor,… for some of it, MINUTES=9.5 where a machine is lent for ten)
 # make clean  the virtual environments and what they left
 
 PYTHON ?= python3
@@ -12,10 +13,12 @@ OLDEST := .venv-oldest
 WHEEL := build/wheel
 # What needs neither an extra nor Triton.
 CORE_TESTS := test_bare_install.py test_graph.py test_distill_loss.py test_distill_loss_rows.py \
-	test_distill_loss_composition.py test_drop_in.py test_doctor.py test_fuse_features.py test_cohort.py \
-	test_compat.py
+	test_distill_loss_composition.py test_drop_in.py test_doctor.py test_doctor_fusion.py test_fuse_features.py \
+	test_fusion_operator.py test_fusion_stages.py test_fusion_cpu.py test_cohort.py test_compat.py
 # What tells whether one build of the kernels works with another PyTorch.
-KERNEL_TESTS := test_distill_loss.py test_distill_loss_rows.py
+KERNEL_TESTS := test_distill_loss.py test_distill_loss_rows.py test_fusion_stages.py test_fusion_cpu.py
+# A file's tests stay in one process: what they share is made once.
+PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint wheel bare oldest bench gpu clean
@@ -75,13 +78,16 @@ oldest: $(OLDEST)/installed wheel
 	cd tests && FFLFAST_TEST_BACKENDS='reference cpu' ../$(OLDEST)/bin/python -m pytest -p no:cacheprovider -c /dev/null --rootdir . $(KERNEL_TESTS)
 
 test: lint bare oldest
-	FFLFAST_TEST_BACKENDS='reference cpu triton emulated' $(VENV)/bin/python -m pytest
+	FFLFAST_TEST_BACKENDS='reference cpu triton emulated' $(VENV)/bin/python -m pytest $(PROCESSES)
 
 bench: $(VENV)/dev
 	$(VENV)/bin/python -m benchmarks.loss
+	$(VENV)/bin/python -m benchmarks.fusion
+	$(VENV)/bin/python -m benchmarks.step_share
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(OUT),--out $(OUT))
+	$(PYTHON) benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(OUT),--out $(OUT)) \
+		$(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf $(VENV) $(BARE) $(OLDEST) build dist *.egg-info fflfast/*.so .pytest_cache .mypy_cache .ruff_cache
