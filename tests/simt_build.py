@@ -160,9 +160,12 @@ def load_fuse_features() -> Emulation:
 
 
 @contextlib.contextmanager
-def noisy_memory() -> Iterator[None]:
-    """Memory that nobody has written holds no right result of the run before. By glibc: torch fills what its Python
-    functions allocate in its deterministic mode, not what a library asks for."""
+def fresh(library: Emulation, counters: str) -> Iterator[None]:
+    """Fresh settings and counters; and memory that nobody has written holds no right result of the run before: by glibc
+    what a library asks for, by torch's deterministic mode what its Python functions allocate."""
+    library.reset()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
     perturb = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
     m_perturb = -6  # malloc.h
     perturb(m_perturb, 1)
@@ -170,6 +173,9 @@ def noisy_memory() -> Iterator[None]:
         yield
     finally:
         perturb(m_perturb, 0)
+        torch.use_deterministic_algorithms(before)
+        library.reset()
+        library.clear(counters)
 
 
 def _compile(compiler: str, unit: Path, defines: tuple[str, ...]) -> Path:

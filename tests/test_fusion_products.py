@@ -92,11 +92,8 @@ def stages(library):
 
 @pytest.fixture(autouse=True)
 def fresh(library):
-    library.reset()
-    with simt_build.noisy_memory():
+    with simt_build.fresh(library, "fusion_tickets"):
         yield
-    library.reset()
-    library.clear("fusion_tickets")
 
 
 @pytest.fixture(scope="module")

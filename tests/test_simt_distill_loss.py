@@ -74,15 +74,8 @@ def library():
 
 @pytest.fixture(autouse=True)
 def fresh(library):
-    """Fresh settings; and memory that nobody has written holds NaN, not the right result of the run before."""
-    library.reset()
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    with simt_build.noisy_memory():
+    with simt_build.fresh(library, "tickets"):
         yield
-    torch.use_deterministic_algorithms(before)
-    library.reset()
-    library.clear("tickets")
 
 
 def inputs(case):
