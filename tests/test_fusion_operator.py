@@ -89,6 +89,7 @@ def test_a_step_is_as_exact_as_the_composition(fusion_backend, route, case, mode
 @pytest.mark.parametrize("how", ["features", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_as_exact_as_the_composition(fusion_backend, route, dtype, how):
+    once_where_slow(fusion_backend, route == "eager")
     ours, plain, exact, features = float_pair("unequal_channels", dtype)
 
     def run(module, cast):
@@ -134,6 +135,7 @@ def functional_case(dtype=torch.float32, requires_grad=True):
 
 
 def test_any_grad_output_and_a_second_backward(fusion_backend, route):
+    once_where_slow(fusion_backend, route == "eager")
     leaves, rest = functional_case()
     pooled = fuse_features(leaves, *rest).pooled
     wanted = [*leaves, rest[0], rest[2]]
@@ -148,6 +150,7 @@ def test_any_grad_output_and_a_second_backward(fusion_backend, route):
 
 
 def test_the_same_bits_every_time_and_inputs_as_they_were(fusion_backend, route):
+    once_where_slow(fusion_backend, route == "eager")
     leaves, rest = functional_case()
     before = [t.detach().clone() for t in (*leaves, rest[0], rest[2])]
     runs = []
@@ -160,6 +163,7 @@ def test_the_same_bits_every_time_and_inputs_as_they_were(fusion_backend, route)
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 1)], ids=str)
 def test_gradients_only_where_they_are_wanted(fusion_backend, route, frozen):
+    once_where_slow(fusion_backend, route == "eager")
     ours, plain, exact, features = float_pair("two_equal")
     for module in (ours, plain, exact):
         for p in (*module.depthwise.parameters(), *module.pointwise_norm.parameters()):
@@ -198,6 +202,7 @@ def test_an_empty_batch(fusion_backend, route):
 
 
 def test_without_gradients(fusion_backend, route):
+    once_where_slow(fusion_backend, route == "eager")
     ours, plain, exact, features = float_pair("two_equal")
     with torch.no_grad():
         for mode in (True, False):
@@ -361,6 +366,7 @@ def test_a_buffer_that_a_kernel_updates_counts_as_changed(fusion_backend):
 
 
 def test_cumulative_average_and_missing_counter(fusion_backend, route):
+    once_where_slow(fusion_backend, route == "eager")
     for counter in (True, False):
         ours, plain, exact, features = float_pair("two_equal")
         for module in (ours, plain, exact):
@@ -413,6 +419,7 @@ def test_only_the_second_norm_is_trained(fusion_backend, route):
 
 
 def test_norms_without_running_statistics_or_affine(fusion_backend, route):
+    once_where_slow(fusion_backend, route == "eager")
     ours, plain, exact, features = float_pair("two_equal")
     for module in (ours, plain, exact):
         for name in ("depthwise_norm", "pointwise_norm"):
