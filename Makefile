@@ -14,7 +14,7 @@ WHEEL := build/wheel
 # What needs neither an extra nor Triton.
 CORE_TESTS := test_bare_install.py test_graph.py test_distill_loss.py test_distill_loss_rows.py \
 	test_distill_loss_composition.py test_drop_in.py test_doctor.py test_doctor_fusion.py test_fuse_features.py \
-	test_fusion_operator.py test_fusion_stages.py test_fusion_cpu.py test_cohort.py test_compat.py
+	test_fusion_operator.py test_fusion_composition.py test_fusion_stages.py test_fusion_cpu.py test_cohort.py test_compat.py
 # What tells whether one build of the kernels works with another PyTorch.
 KERNEL_TESTS := test_distill_loss.py test_distill_loss_rows.py test_fusion_stages.py test_fusion_cpu.py
 # A file's tests stay in one process: what they share is made once.

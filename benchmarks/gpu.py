@@ -32,7 +32,12 @@ LOSS_TESTS = (
     "test_distill_loss.py", "test_distill_loss_rows.py", "test_distill_loss_composition.py",
     "test_distill_loss_fuzz.py", "test_drop_in.py",
 )  # fmt: skip
-FUSION_TESTS = ("test_fusion_stages.py", "test_fusion_operator.py", "test_fuse_features.py")
+FUSION_TESTS = (
+    "test_fusion_stages.py",
+    "test_fusion_operator.py",
+    "test_fusion_composition.py",
+    "test_fuse_features.py",
+)
 PYTHON = [sys.executable, "-u"]
 
 

@@ -33,3 +33,14 @@ constexpr const char* kFusionSchemas[] = {
 #undef FFLFAST_NORM
 
 }  // namespace fflfast
+
+// What a library that defines fflfast::depthwise_statistics and the rest says to register them all.
+#define FFLFAST_IMPLEMENT_FUSION(m)                                                 \
+  m.impl("fusion_depthwise_statistics", TORCH_BOX(&fflfast::depthwise_statistics)); \
+  m.impl("fusion_pointwise", TORCH_BOX(&fflfast::pointwise));                       \
+  m.impl("fusion_pool", TORCH_BOX(&fflfast::pool));                                 \
+  m.impl("fusion_inference", TORCH_BOX(&fflfast::inference));                       \
+  m.impl("fusion_backward_pool", TORCH_BOX(&fflfast::backward_pool));               \
+  m.impl("fusion_backward_sums", TORCH_BOX(&fflfast::backward_sums));               \
+  m.impl("fusion_backward_inputs", TORCH_BOX(&fflfast::backward_inputs));           \
+  m.impl("fusion_update_running", TORCH_BOX(&fflfast::update_running));

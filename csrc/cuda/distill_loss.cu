@@ -4,6 +4,7 @@
 #include "../schema.h"
 #include "distill_launch.h"
 #include "launch_policy.h"
+#include "library.h"
 #include "on_device.h"
 #ifndef FFLFAST_EMULATE
 #include "../python_module.h"
@@ -201,18 +202,9 @@ void scale_gradients(Tensor grad_loss, std::vector<Tensor> gradients) {
 
 }  // namespace fflfast
 
-#ifdef FFLFAST_EMULATE
-#define FFLFAST_LIBRARY fflfast_emulated
-#define FFLFAST_DISPATCH_KEY CPU
-#else
-#define FFLFAST_LIBRARY fflfast_cuda
-#define FFLFAST_DISPATCH_KEY CUDA
+#ifndef FFLFAST_EMULATE
 FFLFAST_PYTHON_MODULE(_cuda)
 #endif
-
-// The macros of the registration paste their arguments, which must be expanded before.
-#define FFLFAST_DEFINE(library, m) STABLE_TORCH_LIBRARY(library, m)
-#define FFLFAST_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 
 FFLFAST_DEFINE(FFLFAST_LIBRARY, m) {
   m.def(fflfast::kDistillLossSchema);

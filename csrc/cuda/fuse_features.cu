@@ -2,6 +2,7 @@
 // host (fflfast_emulated): registration, memory, and which kernel takes what.
 #include "../fusion_schema.h"
 #include "fusion_arguments.h"
+#include "library.h"
 #include "on_device.h"
 
 namespace fflfast {
@@ -250,29 +251,10 @@ void update_running(std::vector<Tensor> moments, std::vector<Tensor> counts, std
 }  // namespace
 }  // namespace fflfast
 
-#ifdef FFLFAST_EMULATE
-#define FFLFAST_LIBRARY fflfast_emulated
-#define FFLFAST_DISPATCH_KEY CPU
-#else
-#define FFLFAST_LIBRARY fflfast_cuda
-#define FFLFAST_DISPATCH_KEY CUDA
-#endif
-
-// The macros of the registration paste their arguments, which must be expanded before.
-#define FFLFAST_DEFINE(library, m) STABLE_TORCH_LIBRARY_FRAGMENT(library, m)
-#define FFLFAST_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
-
-FFLFAST_DEFINE(FFLFAST_LIBRARY, m) {
+FFLFAST_EXTEND(FFLFAST_LIBRARY, m) {
   for (const char* schema : fflfast::kFusionSchemas) m.def(schema);
 }
 
 FFLFAST_IMPLEMENT(FFLFAST_LIBRARY, FFLFAST_DISPATCH_KEY, m) {
-  m.impl("fusion_depthwise_statistics", TORCH_BOX(&fflfast::depthwise_statistics));
-  m.impl("fusion_pointwise", TORCH_BOX(&fflfast::pointwise));
-  m.impl("fusion_pool", TORCH_BOX(&fflfast::pool));
-  m.impl("fusion_inference", TORCH_BOX(&fflfast::inference));
-  m.impl("fusion_backward_pool", TORCH_BOX(&fflfast::backward_pool));
-  m.impl("fusion_backward_sums", TORCH_BOX(&fflfast::backward_sums));
-  m.impl("fusion_backward_inputs", TORCH_BOX(&fflfast::backward_inputs));
-  m.impl("fusion_update_running", TORCH_BOX(&fflfast::update_running));
+  FFLFAST_IMPLEMENT_FUSION(m)
 }
