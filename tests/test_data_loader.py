@@ -203,6 +203,10 @@ def test_evaluation_never_replaces_an_image(workers):
         ({"limit": 0}, "limit: expected 1 ≤ limit"),
         ({"views": 0}, "views: expected 1 ≤ views"),
         ({"batch_size": 64, "drop_last": True}, "drop_last with batch_size 64 leaves no batch of 50 images"),
+        ({"world": 0}, "world: expected 1 ≤ world"),
+        ({"rank": -1}, "rank: expected 0 ≤ rank"),
+        ({"rank": 2, "world": 2}, r"rank: expected 0 … 1 of 2 processes, got 2"),
+        ({"train": False, "world": 2, "lead": True}, "lead: expected False for evaluation"),
     ],
     ids=str,
 )

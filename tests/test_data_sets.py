@@ -51,19 +51,6 @@ def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
     assert bundle.mean[0] == bundle.mean[2] == pytest.approx(bundle.train.images.mean())
 
 
-def test_synthetic_depends_on_its_seed_and_can_be_learnt():
-    first, again, other = (open_data("synthetic", seed=s) for s in (1, 1, 2))
-    assert (first.num_classes, len(first.train), len(first.test), first.image_size) == (10, 1024, 256, 32)
-    assert np.array_equal(first.train.images, again.train.images)
-    assert not np.array_equal(first.train.images, other.train.images)
-    images, target = everything(first.test)
-    centres = np.stack([first.train.images[first.train.targets == k].mean(0) for k in range(10)])
-    nearest = ((images[:, None] - centres) ** 2).sum((2, 3, 4)).argmin(1)
-    assert (nearest == target).mean() > 0.99
-    assert first.train.images.std() == pytest.approx(first.std[0], rel=0.1)
-    assert open_data("synthetic", image_size=48).train.shape == (3, 48, 48)
-
-
 def test_another_image_size_resizes_and_scales_the_padding():
     from torchvision.transforms.v2.functional import resize
 
@@ -304,7 +291,9 @@ def test_files_that_are_there_are_not_downloaded(idx_folder, monkeypatch):
 
 
 def test_available_names():
-    assert available() == ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "synthetic")
+    assert available() == (
+        "cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "synthetic", "synthetic-imagenet",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Splits that lie in memory or in a memory map, and the two data sets that need no files."""
+"""Splits that lie in memory or in a memory map, and the data sets that need no files."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from .batch import CropKey, DataBundle, DataError
 
-__all__ = ["ArraySplit", "ImageArray", "array_bundle", "digits", "synthetic"]
+__all__ = ["ArraySplit", "ImageArray", "array_bundle", "digits", "synthetic", "synthetic_imagenet"]
 
 
 class ImageArray(Protocol):
@@ -155,6 +156,7 @@ def synthetic(
     num_classes: int = 10,
     num_train: int = 1024,
     num_test: int = 256,
+    distinct: int | None = None,
 ) -> DataBundle:
     """Make a data set that a network can learn: per class a coarse random colour pattern, under
     noise, RGB, 32 × 32.
@@ -162,25 +164,40 @@ def synthetic(
     A pure function of its arguments, by default 1,024 + 256 images of ten classes in turn. It
     serves tests and measurements of speed; accuracies on it mean nothing.
 
+    Args:
+        image_size: side in pixels; None for 32.
+        seed: of patterns and noise.
+        num_classes, num_train, num_test: how many classes and images.
+        distinct: how many different images each split has, a multiple of num_classes: image i shows
+            the pixels of image i mod ``distinct``, so that any number of images needs the memory of
+            these few alone. None makes all of them different.
+
     Raises:
-        ValueError: fewer than one class or image.
+        ValueError: fewer than one class or image, or a ``distinct`` that would give an image two labels.
     """
     if min(num_classes, num_train, num_test) < 1:
         raise ValueError("num_classes, num_train, num_test: expected at least 1 each")
+    if distinct is not None and (distinct < 1 or distinct % num_classes):
+        raise ValueError(f"distinct: expected a multiple of the {num_classes} classes, got {distinct}")
     size = 32 if image_size is None else image_size
 
     def noise(stream: int, *shape: int) -> np.ndarray:
         generator = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64))
         count = int(np.prod(shape))
-        return generator.random_raw(-(-count // 8)).astype("<u8").view(np.uint8)[:count].reshape(shape)
+        return generator.random_raw(-(-count // 8)).astype("<u8", copy=False).view(np.uint8)[:count].reshape(shape)
 
     patterns = noise(0, num_classes, 3, 4, 4)
     place = np.arange(size) * 4 // size
-    patterns = patterns[:, :, place[:, None], place]
+    patterns = patterns[:, :, place[:, None], place] // 2
 
-    def part(stream: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def part(stream: int, count: int) -> tuple[ImageArray, np.ndarray]:
         targets = np.arange(count) % num_classes
-        return noise(stream, count, 3, size, size) // 2 + patterns[targets] // 2, targets
+        different = count if distinct is None else min(count, distinct)
+        images = noise(stream, different, 3, size, size)
+        images >>= 1  # in place: fresh memory costs more than the arithmetic
+        for label in range(num_classes):
+            images[label::num_classes] += patterns[label]
+        return images if different == count else _Repeated(images, count), targets
 
     return array_bundle(
         "synthetic",
@@ -193,3 +210,30 @@ def synthetic(
         pad=4,
         flip=False,
     )
+
+
+def synthetic_imagenet(image_size: int | None = None, *, seed: int = 0) -> DataBundle:
+    """Make a synthetic data set of ImageNet's shape, to measure what a machine could do with images that cost nothing.
+
+    224 × 224, 1,000 classes, 12,800 + 1,000 images. Each split has one image a class, repeated: 300 MB in all. They
+    are mirrored and not shifted, as ImageNet's are where they are cropped when they are decoded.
+    """
+    bundle = synthetic(
+        224 if image_size is None else image_size, seed=seed, num_classes=1000, num_train=12_800, num_test=1000,
+        distinct=1000,
+    )  # fmt: skip
+    return dataclasses.replace(bundle, name="synthetic-imagenet", recipe={"pad": 0, "flip": True})
+
+
+class _Repeated:
+    """Few images again and again, without copies of them: image i is image i mod their number."""
+
+    def __init__(self, images: np.ndarray, count: int) -> None:
+        self.images = images
+        self.shape = (count, *images.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        return self.images[index % len(self.images)]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, CropKey, DataError, Split
-from .order import check_counter, permutation
+from .order import check_counter
+from .sampler import Sampler
 
 __all__ = ["Loader"]
 
@@ -21,10 +22,9 @@ _log = logging.getLogger("fflfast.data")
 
 _AHEAD = 2  # batches in preparation while one is in use
 _MAX_BAD_SHARE = 0.01
-_SUBSET_SEED = 0
 
 
-class Loader:
+class Loader(Sampler):
     """Batches of a split: shuffled every epoch to train, in file order to evaluate.
 
     Batch ``step`` of ``epoch`` is a pure function of (seed, epoch, step): neither the number of
@@ -34,12 +34,12 @@ class Loader:
 
     An image that cannot be read is named in a warning (logger ``fflfast.data``) and counted in
     ``unreadable``. When training, another image of the same batch takes its row, its target and its
-    index with it, so that shapes stay; more than 1 % of the split (and more than one file) is an
-    error. When evaluating, the first one is an error.
+    index with it (of this process's share, where there are several), so that shapes stay; more than
+    1 % of the split (and more than one file) is an error. When evaluating, the first one is an error.
 
     Args:
         split: what to read.
-        batch_size: images a batch, ≥ 1; the last batch of an epoch may be smaller.
+        batch_size: images a batch, over all processes, ≥ 1; the last batch of an epoch may be smaller.
         seed: ≥ 0; not used for evaluation.
         train: whether to shuffle and to crop at random.
         workers: threads; 0 reads in the calling thread.
@@ -47,8 +47,12 @@ class Loader:
         limit: use only this many images, drawn once over the whole split, the same for every seed;
             None for all.
         views: how many views of each image a batch holds (a tuple if more than one).
-        pin_memory: allocate images in page-locked memory, so that copies to a CUDA device need not
+        pin_memory: allocate batches in page-locked memory, so that copies to a CUDA device need not
             wait.
+        rank, world: which of how many processes this one is: when training it gets its `share` of
+            each batch, when evaluating the whole batches rank, rank + world, …; a batch may be empty.
+        lead: when training, put one row before each share that is not empty: the image before it in
+            the whole batch, cyclically, for methods that mix neighbours. None where world is 1.
 
     Attributes:
         unreadable: {place in the split: what is wrong with which file}.
@@ -69,41 +73,23 @@ class Loader:
         limit: int | None = None,
         views: int = 1,
         pin_memory: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        lead: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("workers", workers, 0),
-            ("limit", len(split) if limit is None else limit, 1),
-            ("views", views, 1),
-        ):
-            check_counter(name, value, least)
-        self.split, self.batch_size, self.seed, self.train = split, batch_size, seed, train
-        self.workers, self.drop_last, self.views, self.pin_memory = workers, drop_last, views, pin_memory
+        super().__init__(
+            split, batch_size=batch_size, seed=seed, train=train, drop_last=drop_last, limit=limit,
+            rank=rank, world=world, lead=lead,
+        )  # fmt: skip
+        check_counter("workers", workers)
+        check_counter("views", views, 1)
+        self.workers, self.views, self.pin_memory = workers, views, pin_memory
         self.unreadable: dict[int, str] = {}
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory: expected a CUDA device, found none; leave it off")
-        self._places = torch.arange(len(split), device="cpu")
-        if limit is not None and limit < len(split):
-            self._places = permutation(len(split), seed=_SUBSET_SEED, epoch=0)[:limit].sort().values
-        if len(self) == 0:
-            raise ValueError(
-                f"{split.name}: drop_last with batch_size {batch_size} leaves no batch of {self.num_images} "
-                "images; choose a smaller batch_size"
-            )
 
-    @property
-    def num_images(self) -> int:
-        """Number of images an epoch draws from."""
-        return len(self._places)
-
-    def __len__(self) -> int:
-        """Return the number of batches an epoch."""
-        full, rest = divmod(len(self._places), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Iterate over the batches of an epoch, from ``start_step`` on.
+    def inputs(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Iterate over what a step is given, from ``start_step`` on: here the batches themselves.
 
         Args:
             epoch: ≥ 0; decides order and crops when training.
@@ -113,21 +99,19 @@ class Loader:
             ValueError: start_step beyond the epoch.
             DataError: images cannot be read, see the class.
         """
-        check_counter("epoch", epoch)
-        check_counter("start_step", start_step)
-        if start_step > len(self):
-            raise ValueError(
-                f"start_step: expected 0 … {len(self)} batches of {self.split.name}, got {start_step}; "
-                "was the run started with another batch_size or limit?"
-            )
-        order = self._places
-        if self.train:
-            order = order[permutation(len(order), seed=self.seed, epoch=epoch)]
-        return self._batches(order, epoch, start_step)
-
-    def _batches(self, order: Tensor, epoch: int, start_step: int) -> Iterator[Batch]:
+        order, spans = self.rows(epoch, start_step)
         crop = CropKey(self.seed, epoch) if self.train else None
-        chosen = [order[step * self.batch_size :][: self.batch_size] for step in range(start_step, len(self))]
+        return self._batches([self.places[order[start:stop]] for start, stop in spans], crop)
+
+    def batch(self, inputs: Batch) -> Batch:
+        """Return the batch that a step's inputs stand for: here the same."""
+        return inputs
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch, from ``start_step`` on; arguments and errors as for `inputs`."""
+        return self.inputs(epoch, start_step)
+
+    def _batches(self, chosen: list[Tensor], crop: CropKey | None) -> Iterator[Batch]:
         if not self.workers:
             for index in chosen:
                 pending = _Pending(self, index)
@@ -152,7 +136,7 @@ class _Pending:
 
     def __init__(self, loader: Loader, index: Tensor) -> None:
         self.loader = loader
-        self.index = index.clone()  # the batch is its receiver's to change
+        self.index = index
         shape = (len(index), *loader.split.shape)
         self.views = [
             torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=loader.pin_memory)
@@ -163,6 +147,8 @@ class _Pending:
 
     def read(self, crop: CropKey | None, pool: ThreadPoolExecutor | None) -> None:
         split, size = self.loader.split, len(self.index)
+        if not size:
+            return
         if pool is None:
             self.failed = split.fill(self.views, self.index, crop)
             return
@@ -177,7 +163,10 @@ class _Pending:
             self.failed.update({start + row: reason for row, reason in part.result().items()})
         index = self._repair() if self.failed else self.index
         images = self.views[0] if len(self.views) == 1 else tuple(self.views)
-        return Batch(images, self.loader.split.targets[index], index)
+        target = self.loader.split.targets[index]
+        if self.loader.pin_memory:
+            target, index = target.pin_memory(), index.pin_memory()
+        return Batch(images, target, index)
 
     def _repair(self) -> Tensor:
         """Give each unreadable image's row to the next readable one of the batch, or raise."""

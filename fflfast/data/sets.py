@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from .arrays import digits, synthetic
+from .arrays import digits, synthetic, synthetic_imagenet
 from .batch import DataBundle, DataError
 from .cifar import cifar
 from .fashion_mnist import fashion_mnist
@@ -15,7 +15,7 @@ from .order import check_counter
 __all__ = ["available", "open_data"]
 
 _FROM_FILES = ("cifar10", "cifar100", "fashion_mnist", "imagefolder")
-_EMBEDDED = ("digits", "synthetic")
+_EMBEDDED = ("digits", "synthetic", "synthetic-imagenet")
 
 
 def available() -> tuple[str, ...]:
@@ -34,14 +34,14 @@ def open_data(
     """Open a data set's training and test splits.
 
     Args:
-        name: ``digits`` and ``synthetic`` need no files; ``fashion_mnist``, ``cifar10``,
+        name: ``digits``, ``synthetic`` and ``synthetic-imagenet`` need no files; ``fashion_mnist``, ``cifar10``,
             ``cifar100`` and ``imagefolder`` read them from ``data_dir``.
         data_dir: the folder of the files, or the folder that holds that folder. None only where a
             default exists.
         download: fetch missing files into data_dir, checked against published checksums; nothing is
             fetched otherwise.
         image_size: side of the square images, in pixels, ≥ 1; None for the data set's own (imagefolder: 224).
-        seed: of ``synthetic``; no other data set depends on it.
+        seed: of the synthetic data sets; no other depends on it.
 
     Raises:
         ValueError: an unknown name, or options that do not fit it.
@@ -57,7 +57,9 @@ def open_data(
     if name in _EMBEDDED:
         if data_dir is not None:
             raise ValueError(f"{name} reads no files; leave out --data-dir {str(data_dir)!r} or choose other data")
-        return digits(image_size) if name == "digits" else synthetic(image_size, seed=seed)
+        if name == "digits":
+            return digits(image_size)
+        return (synthetic if name == "synthetic" else synthetic_imagenet)(image_size, seed=seed)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     try:
         if name == "imagefolder":
