@@ -1,4 +1,4 @@
-"""The Triton backend: one module an operator, `kernels.distill_loss`, which imports Triton; this one does not."""
+"""The Triton backend: one module an operator (`kernels.distill_loss`, …), which imports Triton; this one does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..graph import DistillGraph
     from .offline import Case
 
-__all__ = ["available", "interpreted", "offline_cases", "refuses", "refuses_fusion"]
+__all__ = ["available", "interpreted", "offline_cases", "refuses", "refuses_augment", "refuses_fusion"]
 
 # Pixels of a feature map are counted in 32 bits, tiles of them reach a little beyond the last.
 MAX_PIXELS = 2**31 - 2**16
@@ -63,6 +63,17 @@ def refuses_fusion(features: Sequence[Tensor]) -> str | None:
     if batch * height * width > MAX_PIXELS:
         return f"B·H·W is {batch * height * width}; these kernels count pixels in 32 bits and take up to {MAX_PIXELS}"
     return _refuses_device(features[0].device.type)
+
+
+def refuses_augment(images: Tensor) -> str | None:
+    """None where the kernels take such images, else the reason in a few words."""
+    batch, channels, height, width = images.shape
+    # Numbers of one image, in the result and where its pixels lie, are counted in 32 bits; so are programs.
+    numbers = 3 * height * width
+    reach = sum((size - 1) * step for size, step in zip((channels, height, width), images.stride()[1:], strict=True))
+    if max(numbers, reach, batch * -(-numbers // 256)) > MAX_PIXELS:
+        return f"{batch} images of {height}×{width}, {reach + 1} bytes apart at most, are more than 32 bits can count"
+    return _refuses_device(images.device.type)
 
 
 def offline_cases() -> Iterator[Case]:

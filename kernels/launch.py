@@ -32,6 +32,9 @@ COUNT_PROGRAMS = 256
 SUM_BLOCK = 1024
 SCALE_BLOCK = 2048
 SCALE_PROGRAMS = 1024
+# The augmentation: each thread writes 16 adjacent bytes of the result.
+AUGMENT_WARPS = 4
+AUGMENT_BYTES = 16 * 32 * AUGMENT_WARPS
 
 
 class Tile(NamedTuple):

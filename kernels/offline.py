@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..graph import DistillGraph
 from . import launch
+from .augment_kernels import augment_kernel
 from .distill_loss_kernels import backward_kernel, count_kernel, finish_kernel, forward_kernel, scale_kernel
 from .fusion_offline import launches as fusion_launches
 from .plan import INDEX, NO_TARGET, PROBABILITIES, plan
@@ -38,8 +39,10 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """The fusion's, then the loss's: the main path (FFL, each dtype, narrow and wide rows) and each option."""
+    """The fusion's, the augmentation's, then the loss's: the main path (FFL, each dtype, narrow and wide rows) and each
+    option."""
     yield from _fusion()
+    yield from _augmentation()
     ffl = DistillGraph.ffl(2)
     for dtype in SIZES:
         for num_classes in (100, 1000, 32000):
@@ -86,6 +89,27 @@ def cases() -> Iterator[Case]:
         "count", count_kernel, launch.FEWEST_WARPS,
         target="*i64", counts="*i32", num_rows="i32", rows_each="i32", ignore_index="i32", BLOCK=launch.COUNT_BLOCK,
     )  # fmt: skip
+
+
+def _augmentation() -> Iterator[Case]:
+    """CIFAR's and ImageNet's images in both memory orders, counters as numbers and as pointers; evaluation."""
+    for name, side, pad, dtype, channels_last, by_pointer in (
+        ("32×32", 32, 4, "fp32", False, 0b000),
+        ("32×32, channels_last", 32, 4, "bf16", True, 0b010),
+        ("28×28, gray", 28, 4, "fp16", False, 0b111),
+        ("224×224", 224, 0, "bf16", False, 0b010),
+        ("224×224, channels_last", 224, 0, "bf16", True, 0b010),
+        ("64×64, channels_last", 64, 4, "fp64", True, 0b000),
+        ("224×224, evaluation", 224, None, "fp32", True, 0b000),
+    ):
+        words = ("*i64" if (by_pointer >> bit) & 1 else "i32" for bit in range(3))
+        yield _case(
+            f"augment {dtype} {name}", augment_kernel, launch.AUGMENT_WARPS,
+            images="*u8", image_step="i32", steps=("i32",) * 3, index=None if pad is None else "*i64", index_step="i32",
+            **dict(zip(("seed", "epoch", "view"), words, strict=True)), table=f"*{dtype}", table_steps=("i32",) * 2,
+            out=f"*{dtype}", HEIGHT=side, WIDTH=side, PAD=pad or 0, FLIP=pad is not None, CHANNELS_LAST=channels_last,
+            BY_POINTER=by_pointer, BLOCK=launch.AUGMENT_BYTES // SIZES[dtype],
+        )  # fmt: skip
 
 
 def _fusion() -> Iterator[Case]:

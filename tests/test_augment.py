@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import operator_backends
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fflfast.ops.augment import augment, normalization_table, normalize
+from fflfast import use_backend
+from fflfast.ops import augment_reference, backends
+from fflfast.ops.augment import IMPLEMENTATIONS, augment, normalization_table, normalize
 
 MEAN, STD = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
 TABLE = normalization_table(MEAN, STD)
@@ -46,6 +49,16 @@ def random_images(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(params=[name for name in IMPLEMENTATIONS if name in operator_backends.NAMES])
+def forced(request):
+    """Each backend that can run here in turn; the interpreter, which takes milliseconds for a program, few images."""
+    if (reason := backends.missing(request.param)) is not None:
+        (pytest.fail if operator_backends.REQUIRED else pytest.skip)(reason)
+    with use_backend(request.param):
+        yield 9 if request.param == "reference" else 2
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of products that wrap
 @pytest.mark.parametrize("seed", [0, 7, 2**40 + 7, 2**63 - 1])
 @pytest.mark.parametrize(
     ("shape", "pad"),
@@ -53,16 +66,17 @@ def random_images(*shape: int) -> torch.Tensor:
     ids=["cifar", "gray", "pad of H-1, not square", "no pad", "one pixel"],
 )
 @pytest.mark.parametrize("flip", [True, False], ids=["flip", "no flip"])
-def test_equals_the_slow_implementation_bit_for_bit(seed, shape, pad, flip):
-    images = random_images(*shape)
-    index = torch.arange(shape[0]) * 1_234_567_891
+def test_equals_the_slow_implementation_bit_for_bit(forced, seed, shape, pad, flip):
+    images = random_images(*shape)[:forced]
+    index = torch.arange(len(images)) * 1_234_567_891 + 2**33
     options = {"seed": seed, "epoch": 3, "view": 1, "pad": pad, "flip": flip}
     got = augment(images, index, table=TABLE, **options)
     assert got.dtype == torch.float32
     assert torch.equal(got, slow_augment(images, index, **options))
 
 
-def test_strided_input_is_read_right_and_left_alone():
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_strided_input_is_read_right_and_left_alone(forced):
     images = random_images(6, 8, 8, 3).permute(0, 3, 1, 2)[:, :, :, ::2]
     before = images.clone()
     options = {"seed": 1, "epoch": 1, "view": 0, "pad": 2, "flip": True}
@@ -126,12 +140,75 @@ def test_decisions_of_neighbours_are_independent(other):
     assert chi_square(first[2] * 2 + second[2], 4) < 21.1  # 3
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
-def test_counters_may_be_tensors(dtype):
+def test_counters_may_be_tensors(forced, dtype):
     images, index = random_images(4, 3, 8, 8), torch.arange(4)
     words = {"seed": 5, "epoch": 2, "view": 3}
     tensors = {name: torch.tensor(value, dtype=dtype) for name, value in words.items()}
-    assert torch.equal(augment(images, index, table=TABLE, **tensors), augment(images, index, table=TABLE, **words))
+    wanted = augment_reference.augment(images, index, *words.values(), 4, True, TABLE, False)
+    for name in (*words, None):
+        some = {**words, name: tensors[name]} if name else tensors
+        assert torch.equal(augment(images, index, table=TABLE, **some), wanted)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_tables_dtype_and_either_memory_order(forced, dtype, channels_last, channels):
+    images, index, table = random_images(3, channels, 9, 7), torch.arange(3), TABLE.to(dtype)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    like = torch.empty(3, 3, 9, 7, memory_format=order)
+    for got, wanted in (
+        (
+            augment(images, index, seed=1, epoch=2, pad=3, table=table, channels_last=channels_last),
+            augment_reference.augment(images, index, 1, 2, 0, 3, True, TABLE, False),
+        ),
+        (normalize(images, table, channels_last=channels_last), augment_reference.normalize(images, TABLE, False)),
+    ):
+        assert got.dtype == dtype
+        assert got.stride() == like.stride()
+        assert torch.equal(got, wanted.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_table_may_lie_in_memory_as_it_likes(forced):
+    images, index = random_images(2, 3, 8, 8), torch.arange(2)
+    wide = torch.zeros(512, 6)
+    wide[::2, ::2] = TABLE
+    for table in (TABLE.contiguous(), wide[::2, ::2]):
+        assert torch.equal(
+            augment(images, index, seed=1, epoch=2, table=table), augment(images, index, seed=1, epoch=2, table=TABLE)
+        )
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+def test_the_registered_operator(channels_last):
+    images, index = random_images(3, 3, 8, 8), torch.arange(3)
+    words = [torch.tensor(value) for value in (5, 2, 3)]
+    arguments = (images, index, *words, 2, True, TABLE.to(torch.bfloat16), channels_last)
+    torch.library.opcheck(torch.ops.fflfast.augment, arguments)
+    assert torch.equal(torch.ops.fflfast.augment(*arguments), augment_reference.augment(*arguments))
+
+
+def test_exported_it_is_made_of_pytorchs_operators_alone():
+    class Pipeline(torch.nn.Module):
+        def forward(self, images, index):
+            return augment(images, index, seed=1, epoch=2, pad=2, table=TABLE)
+
+    images, index = random_images(3, 3, 8, 8), torch.arange(3)
+    program = torch.export.export(Pipeline(), (images, index))
+    assert not any("fflfast" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(images, index), Pipeline()(images, index))
+
+
+def test_under_vmap_the_reference_runs():
+    images, index = random_images(2, 3, 3, 8, 8), torch.arange(6).view(2, 3)
+    options = {"seed": 1, "epoch": 2, "table": TABLE}
+    got = torch.func.vmap(lambda x, i: augment(x, i, **options))(images, index)
+    wanted = augment(images.flatten(0, 1), index.flatten(), **options)
+    assert torch.equal(got.flatten(0, 1), wanted)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -146,17 +223,19 @@ def test_nothing_waits_for_the_device():
     with NoWaiting():
         epoch = torch.zeros((), dtype=torch.int64)
         augment(random_images(4, 3, 8, 8), torch.arange(4), seed=1, epoch=epoch, table=TABLE)
+        # The mode sees the registered operator as one; this is what is inside.
+        augment_reference.augment(random_images(4, 3, 8, 8), torch.arange(4), 1, epoch, 0, 4, True, TABLE, True)
 
 
 def test_compiles_without_a_graph_break():
     images, index = random_images(4, 3, 8, 8), torch.arange(4)
     compiled = torch.compile(augment, fullgraph=True, backend="eager")
-    for epoch in (torch.tensor(0), torch.tensor(9)):
+    for epoch in (torch.tensor(0), torch.tensor(9), 1, 2, 2**62):
         options = {"seed": 1, "epoch": epoch, "pad": 2, "table": TABLE}
         assert torch.equal(compiled(images, index, **options), augment(images, index, **options))
 
 
-def test_no_image():
+def test_no_image(forced):
     assert augment(random_images(0, 1, 8, 8), torch.arange(0), seed=0, epoch=0, table=TABLE).shape == (0, 3, 8, 8)
 
 
@@ -188,6 +267,13 @@ X, INDEX = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2)
         (X, INDEX, {"pad": 1.0}, "pad: expected an int, got 1.0"),
         (X, INDEX, {"table": TABLE.T}, r"table: expected float \(256, 3\)"),
         (X, INDEX, {"table": TABLE.to("meta")}, "table is on meta but images on cpu"),
+        (X, INDEX, {"table": TABLE.clone().requires_grad_()}, "table: expected no gradient to be asked for"),
+        (
+            X,
+            INDEX,
+            {"view": torch.zeros((), dtype=torch.int64, device="meta")},
+            "view: expected ints or tensors on cpu",
+        ),
         (X, INDEX, {"seed": -1}, "seed: expected 0 ≤ seed < 2"),
         (X, INDEX, {"seed": 2**63}, "seed: expected 0 ≤ seed < 2"),
         (X, INDEX, {"epoch": 1.5}, "epoch: expected an int or a 0-dim integer tensor, got 1.5"),

@@ -120,6 +120,12 @@ def test_triton_fusion_kernels_are_compiled_and_load_sixteen_bytes(triton_compil
     assert {"backward_pool_kernel", "backward_inputs_kernel", "update_running_kernel"} <= widest.keys()
 
 
+def test_triton_augmentation_writes_sixteen_bytes_and_spills_nothing(triton_compiled):
+    results = [r for r in triton_compiled if r.kernel.startswith("augment ")]
+    assert {r.target for r in results} == {str(t) for t in TRITON_TARGETS}
+    assert {(r.spills, r.stack, r.shared, r.widest_store) for r in results} == {(0, 0, 0, 128)}
+
+
 def test_reads_the_compilers_reports():
     assert offline_compile._ptxas_properties(LOG) == {
         ("wide", "90a"): (40, 128, 16, 56),
