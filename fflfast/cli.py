@@ -1,4 +1,4 @@
-"""The command line: fflfast train | eval | export | plot | doctor.
+"""The command line: fflfast train | eval | export | plot | bench | doctor.
 
 Exit codes: 0 done; 1 the run failed; 2 it could not start as asked, and nothing was written; 130 and 143 stopped by
 SIGINT or SIGTERM, with the run saved.
@@ -7,6 +7,7 @@ SIGINT or SIGTERM, with the run saved.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -22,6 +23,7 @@ Online mutual knowledge distillation: sub-networks that teach each other.
   eval     test a run or an exported file        fflfast eval RUN
   export   write a run's networks as plain files fflfast export RUN
   plot     draw a run's curves                   fflfast plot RUN
+  bench    how fast a cohort trains here         fflfast bench train --arch resnet32 --arch resnet32
   doctor   each backend against float64          fflfast doctor --quick
 
 fflfast COMMAND --help shows every flag. Exit codes: 0 done, 1 failed, 2 could not start (nothing written),
@@ -62,13 +64,14 @@ def _run(arguments: Sequence[str]) -> int:
     except ImportError as error:
         return _fail(f"{error.name or error} is not installed; training needs: pip install 'fflfast[train]'", 2)
     from .data import DataError
+    from .training.errors import is_told_elsewhere
 
     try:
         command(arguments[1:])
     except (_UsageError, training.ConfigError) as error:
-        return _fail(str(error), 2)
+        return 2 if is_told_elsewhere(error) else _fail(str(error), 2)
     except (training.TrainingError, training.CheckpointError, DataError) as error:
-        return _fail(str(error), 1)
+        return 1 if is_told_elsewhere(error) else _fail(str(error), 1)
     return 0
 
 
@@ -107,10 +110,17 @@ def _doctor(argv: Sequence[str]) -> int:
 
 
 def _train(argv: Sequence[str]) -> None:
-    from .training import train
+    from .training import ConfigError, train
     from .training.arguments import parse_arguments
+    from .training.errors import tell_elsewhere
 
-    train(parse_arguments(argv))
+    try:
+        config = parse_arguments(argv)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") != "0":
+            tell_elsewhere(error)  # every process of torchrun reads the same flags
+        raise
+    train(config)
 
 
 def _eval(argv: Sequence[str]) -> None:
@@ -165,11 +175,18 @@ def _plot(argv: Sequence[str]) -> None:
     print(plot(options.runs, options.out))
 
 
+def _bench(argv: Sequence[str]) -> None:
+    from .bench.command import bench
+
+    bench(argv)
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
     "export": _export,
     "plot": _plot,
+    "bench": _bench,
 }
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ class StepState:
         ce_weight: μ, float32.
         temperature: T, float32.
         learning_rate: float32.
-        step: int64, counted from 0.
+        step: int64, steps taken in the whole run.
+        epoch: int64, counted from 0.
+        batch: int64, place of the step in its epoch, counted from 0.
     """
 
     def __init__(
@@ -64,12 +66,16 @@ class StepState:
         temperature: float = 1.0,
         learning_rate: float = 0.0,
         step: int = 0,
+        epoch: int = 0,
+        batch: int = 0,
     ) -> None:
         self.kl_weight = torch.tensor(kl_weight, dtype=torch.float32, device=device)
         self.ce_weight = torch.tensor(ce_weight, dtype=torch.float32, device=device)
         self.temperature = torch.tensor(temperature, dtype=torch.float32, device=device)
         self.learning_rate = torch.tensor(learning_rate, dtype=torch.float32, device=device)
         self.step = torch.tensor(step, dtype=torch.int64, device=device)
+        self.epoch = torch.tensor(epoch, dtype=torch.int64, device=device)
+        self.batch = torch.tensor(batch, dtype=torch.int64, device=device)
 
 
 def serial(thunks: Sequence[Callable[[], Result]]) -> list[Result]:

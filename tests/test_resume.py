@@ -85,7 +85,7 @@ KILLS = {
     "before-the-first-step": (TrainStep, "__call__", 1, _die),
     "within-an-epoch": (TrainStep, "__call__", 8, _die),
     "at-the-last-step": (TrainStep, "__call__", 3 * STEPS, _die),
-    "in-the-test": (Classification, "metric", 5, _die),
+    "in-the-test": (Classification, "metric", 3, _die),
     "in-a-write": (os, "fsync", 9, _cut_and_die),
     "before-a-sync": (os, "fsync", 11, _die),
     "before-the-old-file-moves": (os, "replace", 10, _die),

@@ -37,11 +37,15 @@ def test_a_setting_given_at_its_default_is_given(unusual, tmp_path, capsys, give
     assert words in capsys.readouterr().err
 
 
+def _resumed(asked):
+    return resume.resume(asked, resume.find_snapshot(asked, Reporter(quiet=True)))
+
+
 def test_what_may_change_can_be_set_back_to_its_default(unusual):
     back = {"checkpoint_every": 0, "log_every": 50, "workers": 0, "epochs": None}
-    config, _ = resume.resume(TrainConfig.from_dict({"resume": str(unusual), **back}), Reporter(quiet=True))
+    config = _resumed(TrainConfig.from_dict({"resume": str(unusual), **back}))
     assert (config.checkpoint_every, config.log_every, config.workers, config.epochs) == (0, 50, 0, 1)
-    config, _ = resume.resume(TrainConfig(resume=unusual, workers=0), Reporter(quiet=True))
+    config = _resumed(TrainConfig(resume=unusual, workers=0))
     assert config.workers == 1
 
 

@@ -174,8 +174,8 @@ def test_a_weight_that_is_not_a_number_never_reaches_a_checkpoint(tmp_path, monk
     """A running variance that overflowed shows in no training loss."""
     take_step = TrainStep.__call__
 
-    def spoil(self, batch, *, epoch, step):
-        output = take_step(self, batch, epoch=epoch, step=step)
+    def spoil(self, inputs, *, epoch, step, **others):
+        output = take_step(self, inputs, epoch=epoch, step=step, **others)
         if epoch == 1 and step == 3:
             self.learner.get_buffer("method.fusion.depthwise_norm.running_var").fill_(math.nan)
         return output

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,39 +28,99 @@ class Score(NamedTuple):
         return f"{100 * self.value:.2f}"
 
 
-class Accuracy:
-    """Counts right answers on the device; the host learns them only when it reads."""
+class Summing(Protocol):
+    """What a metric needs of the processes that share its images."""
 
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.correct: Tensor | None = None
-        self.total = 0
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, in place."""
+
+
+class Accuracy:
+    """Counts right answers on the device, in place; the host learns them only when it reads.
+
+    Args:
+        names: of the outputs that it judges, empty for all that the first update brings.
+        device: where to count, so that the memory is there before the first update; None: where the first logits lie.
+    """
+
+    def __init__(self, names: Sequence[str] = (), device: torch.device | str | None = None) -> None:
+        self.names = tuple(names)
+        self._counts: Tensor | None = None  # int64: right answers by name, then the images
+        if device is not None:
+            self._allocate(device)
+
+    def _allocate(self, device: torch.device | str) -> Tensor:
+        self._counts = torch.zeros(len(self.names) + 1, dtype=torch.int64, device=device)
+        return self._counts
 
     @torch.no_grad()
-    def update(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
-        """Count one batch: logits of shape (B, K) by name, target int64 (B,). A row of NaN is never right."""
-        top, index = torch.stack([z.detach().float() for z in logits.values()]).max(dim=-1)
-        correct = ((index == target) & ~top.isnan()).sum(dim=-1)
-        self.names = tuple(logits)
-        self.correct = correct if self.correct is None else self.correct + correct
-        self.total += target.shape[0]
+    def update(self, logits: Mapping[str, Tensor], target: Tensor, bad: Tensor | None = None) -> None:
+        """Count one batch: logits of shape (B, K) by name, target int64 (B,). A row of NaN is never right.
 
-    def read(self) -> dict[str, Score]:
-        """Return the score of every name so far; waits for the device."""
-        if self.correct is None:
+        Where ``bad``, a 0-dim bool, nothing is counted.
+        """
+        self.names = self.names or tuple(logits)
+        top, index = torch.stack([logits[name].detach().float() for name in self.names]).max(dim=-1)
+        correct = ((index == target) & ~top.isnan()).sum(dim=-1)
+        counts = self._allocate(correct.device) if self._counts is None else self._counts
+        if bad is None:
+            counts[-1].add_(target.shape[0])
+        else:
+            correct = correct.masked_fill(bad, 0)
+            counts[-1].add_(~bad, alpha=target.shape[0])
+        counts[:-1].add_(correct)
+
+    def tensors(self) -> list[Tensor]:
+        """Return what `update` changes."""
+        return [] if self._counts is None else [self._counts]
+
+    def read(self, processes: Summing | None = None) -> dict[str, Score]:
+        """Return the score of every name so far, empty if there was no image; waits for the device.
+
+        Args:
+            processes: over whose images the scores are; each of them calls this, and all get the same. A process that
+                may see no batch needs its names from the start.
+        """
+        if self._counts is None:
             return {}
-        return {name: Score(int(n), self.total) for name, n in zip(self.names, self.correct.tolist(), strict=True)}
+        counts = self._counts
+        if processes is not None:
+            counts = counts.clone()
+            processes.sum_([counts])
+        *correct, total = counts.tolist()
+        return {name: Score(n, total) for name, n in zip(self.names, correct, strict=True)} if total else {}
+
+    def reset(self) -> None:
+        """Begin anew, as if nothing had been counted."""
+        if self._counts is not None:
+            self._counts.zero_()
 
     def state(self) -> dict[str, Any]:
-        """Return the state as JSON values; waits for the device."""
-        correct = None if self.correct is None else self.correct.tolist()
-        return {"names": self.names, "correct": correct, "total": self.total}
+        """Return this process's state as JSON values; waits for the device."""
+        *correct, total = [0] if self._counts is None else self._counts.tolist()
+        return {"names": self.names, "correct": correct, "total": total}
 
-    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Put back what `state` returned."""
-        correct = state["correct"]
-        self.names, self.total = tuple(state["names"]), state["total"]
-        self.correct = None if correct is None else torch.tensor(correct, device=device)
+    @staticmethod
+    def share(states: Sequence[Mapping[str, Any]], rank: int, count: int) -> dict[str, Any]:
+        """Return what process ``rank`` of ``count`` loads of the states that processes saved, one each.
+
+        As many processes as then get their own back; of another number the first takes all.
+        """
+        if len(states) == count:
+            return dict(states[rank])
+        seen = [state for state in states if state["total"]] if rank == 0 else []
+        correct = [sum(numbers) for numbers in zip(*(state["correct"] for state in seen), strict=True)]
+        names = next((state["names"] for state in states if state["names"]), ())
+        return {"names": names, "correct": correct, "total": sum(state["total"] for state in seen)}
+
+    def load(self, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
+        """Put back what `state` returned, in place; ``device`` says where to count if no batch has said it yet."""
+        self.names = self.names or tuple(state["names"])
+        if not self.names:
+            return
+        counts = self._allocate(device or "cpu") if self._counts is None else self._counts
+        correct = state["correct"] or [0] * len(self.names)
+        counts.copy_(torch.tensor([*correct, state["total"]], dtype=torch.int64))
 
 
 class Classification:
@@ -85,8 +145,13 @@ class Classification:
         """Whether training batches are mixed, so that no image has one right answer."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def encode(self, images: Tensor, target: Tensor, *, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Return images and target of a training batch, mixed where mixup or CutMix is on (then target is (B, K))."""
+    def encode(
+        self, images: Tensor, target: Tensor, *, epoch: int | Tensor, step: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return images and target of a training batch, mixed where mixup or CutMix is on (then target is (B, K)).
+
+        ``epoch`` and ``step`` (within the epoch) are ints or 0-dim integer tensors.
+        """
         if not self.mixes:
             return images, target
         return augment.mix(
@@ -100,6 +165,6 @@ class Classification:
             cutmix_alpha=self.cutmix,
         )
 
-    def metric(self) -> Accuracy:
-        """Return a fresh metric."""
-        return Accuracy()
+    def metric(self, names: Sequence[str] = (), device: torch.device | str | None = None) -> Accuracy:
+        """Return a fresh metric of the outputs ``names``, see `Accuracy`."""
+        return Accuracy(names, device)

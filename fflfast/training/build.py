@@ -29,6 +29,7 @@ from .config import (
     naming,
 )
 from .log import summary_writer
+from .processes import SINGLE, Processes
 from .recipes import merge_recipes
 from .schedule import rescale_milestones
 
@@ -43,8 +44,13 @@ class Resolved(NamedTuple):
     notes: list[str]
 
 
-def resolve(config: TrainConfig) -> Resolved:
-    """Fill every field that is None from the recipes, and open the data; ConfigError for whatever cannot be run."""
+def resolve(config: TrainConfig, processes: Processes = SINGLE) -> Resolved:
+    """Fill every field that is None from the recipes, and open the data; ConfigError for whatever cannot be run.
+
+    Args:
+        config: settings, with or without gaps.
+        processes: those that will share the run.
+    """
     check_given(config)
     method = _method(config)
     config = check_types(config, method.Options)
@@ -52,11 +58,6 @@ def resolve(config: TrainConfig) -> Resolved:
         raise ConfigError("--data: expected the name of a data set, got none; try --data digits")
     if not config.arch:
         raise ConfigError("--arch: expected at least one architecture, got none; try --arch resnet20 --arch resnet20")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise ConfigError(
-            f"torchrun started several processes (WORLD_SIZE is {processes!r}), but a run takes one; start it with "
-            "fflfast train alone"
-        )
     check_ranges(config)
     if config.tensorboard:
         summary_writer()
@@ -92,6 +93,15 @@ def resolve(config: TrainConfig) -> Resolved:
     values |= {"image_size": data.image_size, "device": str(device), "amp": _select_amp(config.amp, device)}
     resolved = ResolvedConfig(**values)
     check_ranges(resolved)
+    if processes.count * 2 > resolved.batch_size:
+        raise ConfigError(
+            f"--batch-size: expected at least 2 images for each of {processes.count} processes, got "
+            f"{resolved.batch_size} for all of them; take a larger batch or fewer processes"
+        )
+    if resolved.nan == "skip" and device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"--nan skip: an optimizer on {device.type} cannot leave a step out by itself; take raise or rollback"
+        )
     if resolved.pad >= data.image_size:
         raise ConfigError(f"--pad: expected less than the {data.image_size} pixels of an image, got {resolved.pad}")
     if len(data.train) < 2:
@@ -176,9 +186,14 @@ def _seed_generators(seed: int) -> None:
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device that a name stands for; ConfigError where it is of another kind or this machine lacks it."""
+    """Return the device that a name stands for; ConfigError where it is of another kind or this machine lacks it.
+
+    Of several processes that torchrun started on a machine each gets a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):

@@ -34,8 +34,8 @@ class TrainConfig:
     (`fflfast.training.resolve`), which also checks every value and raises `ConfigError`.
 
     Args:
-        data: data set: digits, fashion_mnist, cifar10, cifar100, imagefolder or synthetic
-        data_dir: folder that holds the data set (digits and synthetic need none)
+        data: data set: digits, fashion_mnist, cifar10, cifar100, imagefolder, synthetic or synthetic-imagenet
+        data_dir: folder that holds the data set (digits and the synthetic ones need none)
         download: fetch a missing data set into data_dir
         image_size: height and width of the images in pixels, where the data set leaves a choice
         limit_train: train on this many of the training images, the same ones for every seed
@@ -48,7 +48,7 @@ class TrainConfig:
         pretrained: start from the weights that torchvision or timm publish (downloads them)
         init: file of weights to start from; repeat the flag, one for each --arch
         epochs: passes over the training images
-        batch_size: images in a step
+        batch_size: images in a step, over all processes
         lr: peak learning rate of SGD
         momentum: momentum of SGD
         nesterov: Nesterov momentum
@@ -68,8 +68,19 @@ class TrainConfig:
         amp: mixed precision of the training step; auto = bf16 on CUDA devices that have it, else off
         channels_last: keep weights and images in channels-last memory order
         compile: compile each sub-network with torch.compile
+        plan: how a step runs: serial, streams (sub-networks side by side), graph (the whole step as one CUDA graph), or
+            auto, which times those that the device offers and keeps the fastest
+        data_on: where a data set that fits into memory lies: device, host, or auto (device, if it takes at most an
+            eighth of the memory there)
         deterministic: choose deterministic algorithms, so that a CUDA run repeats bit for bit (a CPU run always does)
         workers: threads that load images (0 = none)
+        accumulate: parts into which a batch is cut, whose gradients are added up before the step
+        clip_norm: largest norm of all gradients together (0 = no clipping)
+        ema: decay of an exponential moving average of the weights, which then is what is tested (0 = off)
+        nan: what to do when loss or gradients are not finite: raise, skip (leave the step out, decided on the device)
+            or rollback (take the weights of the last checkpoint and go on with the next images)
+        sync_buffers: when several processes average the running statistics of the sub-networks' norms: before each
+            test (epoch) or after every step
         out: folder of the run, which must be new (default: runs/DATA-METHOD-ARCHITECTURES)
         resume: folder of an interrupted run to continue exactly, or auto: continue the run in --out if it is there
         baseline: afterwards train one network of each architecture alone with the same recipe and seed
@@ -114,8 +125,15 @@ class TrainConfig:
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     channels_last: bool = False
     compile: bool = False
+    plan: Literal["auto", "serial", "streams", "graph"] = "auto"
     deterministic: bool = False
+    data_on: Literal["auto", "host", "device"] = "auto"
     workers: int = 0
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    ema: float = 0.0
+    nan: Literal["raise", "skip", "rollback"] = "raise"
+    sync_buffers: Literal["epoch", "step"] = "epoch"
 
     out: str | None = None
     resume: str | None = None
@@ -199,7 +217,10 @@ MAY_CHANGE = frozenset(
         "data_dir",
         "download",
         "device",
+        "plan",
+        "data_on",
         "workers",
+        "nan",
         "out",
         "resume",
         "baseline",
@@ -251,6 +272,11 @@ def check_ranges(config: TrainConfig) -> None:
         raise ConfigError(f"--milestones: expected rising epochs from 1 on, got {milestones}")
     if milestones and config.schedule == "cosine":
         raise ConfigError("--milestones belong to --schedule multistep; leave one of the two out")
+    if config.batch_size is not None and 2 * config.accumulate > config.batch_size:
+        raise ConfigError(
+            f"--accumulate: expected parts of at least 2 images of a batch of {config.batch_size}, got "
+            f"{config.accumulate} parts; take fewer parts or a larger --batch-size"
+        )
     if config.nesterov and config.momentum == 0:
         raise ConfigError("--nesterov needs a momentum above 0; give --momentum 0.9 or --nesterov false")
     if config.pretrained and config.init:
@@ -267,13 +293,13 @@ def _is_number(value: float) -> bool:
 
 
 _RANGES: tuple[tuple[str, Any, str], ...] = (
-    ("epochs image_size log_every", lambda v: v >= 1, "at least 1"),
+    ("epochs image_size log_every accumulate", lambda v: v >= 1, "at least 1"),
     ("limit_test", lambda v: v >= 1, "at least 1 image"),
     ("batch_size limit_train", lambda v: v >= 2, "at least 2 images (batch normalisation needs them)"),
     ("lr", lambda v: v > 0, "a finite number above 0"),
     ("gamma", lambda v: v > 0, "a finite number above 0"),
-    ("momentum label_smoothing", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    ("weight_decay warmup_epochs", lambda v: v >= 0, "a finite number, 0 or above"),
+    ("momentum label_smoothing ema", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    ("weight_decay warmup_epochs clip_norm", lambda v: v >= 0, "a finite number, 0 or above"),
     ("mixup cutmix", lambda v: 0 <= v <= 100, "a number from 0 (off) to 100"),
     ("pad seed workers checkpoint_every", lambda v: v >= 0, "0 or above"),
 )

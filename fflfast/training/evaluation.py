@@ -14,45 +14,44 @@ from torch import Tensor, nn
 
 from .. import models
 from ..cohort import Learner
-from ..data import DataBundle, Loader, Split
+from ..data import DataBundle
 from ..ops.augment import normalization_table, normalize
 from ..tasks import Score, Task, task_of
 from . import checkpoint
 from .build import build_learner, open_bundle, select_device
 from .checkpoint import Snapshot
 from .config import ConfigError, ResolvedConfig, TrainConfig, check_ranges
-from .step import to_device
+from .feeding import Feed, evaluation_feed
+from .processes import SINGLE, Processes
 
 __all__ = ["evaluate", "export", "load_run", "score_split"]
-
-BATCH_SIZE = 256
-"""Images in a test batch: one number for every test, since it may decide the last bit of a logit."""
 
 
 @torch.no_grad()
 def score_split(
     predict: Callable[[Tensor], Mapping[str, Tensor]],
-    split: Split,
+    feed: Feed,
     table: Tensor,
     task: Task,
     *,
-    workers: int = 0,
-    limit: int | None = None,
+    processes: Processes = SINGLE,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Score] | None:
-    """Classify a split, unaugmented, in file order and in float32; None when asked to stop before the end.
+    """Classify a test set, unaugmented, in file order and in float32; None when asked to stop before the end.
 
     ``predict`` takes normalised images (B, 3, H, W) on the device of ``table`` and returns logits (B, K) by name. Right
-    answers are counted on the device and read once.
+    answers are counted on the device and read once. Of several processes each classifies the batches of its ``feed``,
+    and all get the score of the whole; ``should_stop`` has to answer them alike.
     """
-    metric = task.metric()
-    loader = Loader(split, batch_size=BATCH_SIZE, seed=0, train=False, workers=workers, limit=limit)
-    for batch in loader.epoch(0):
-        batch = to_device(batch, table.device)
-        metric.update(predict(normalize(cast(Tensor, batch.images), table)), batch.target)
+    metric = None
+    for inputs in feed.inputs(0):
+        batch = feed.batch(inputs)
+        logits = predict(normalize(cast(Tensor, batch.images), table))
+        metric = metric or task.metric(tuple(logits), table.device)
+        metric.update(logits, batch.target)
         if should_stop():
             return None
-    return metric.read()
+    return {} if metric is None else metric.read(processes)
 
 
 def evaluate(
@@ -105,7 +104,8 @@ def evaluate(
     table = normalization_table(facts["mean"], facts["std"]).to(where)
     task = task_of(bundle.num_classes)
     limit = facts.get("limit_test") if limit_test is None else limit_test
-    return score_split(predict, bundle.test, table, task, workers=workers, limit=limit) or {}
+    feed = evaluation_feed(bundle.test, where, data_on="host", workers=workers, limit=limit)
+    return score_split(predict, feed, table, task) or {}
 
 
 def export(run: str | Path, out: str | Path | None = None, *, weights: str = "last") -> list[Path]:
@@ -152,13 +152,16 @@ def _export_all(learner: Learner, folder: Path, facts: Mapping[str, Any], arch: 
 def load_run(path: str | Path, *, weights: str = "last") -> tuple[ResolvedConfig, Learner, dict[str, Any]]:
     """Return config, learner (on the CPU, with its trained weights) and data facts of a run's folder or checkpoint.
 
-    The facts are what an exported file carries: the data set, its classes and normalisation, and ``limit_test``.
+    The weights of a run with ``ema`` are their average. The facts are what an exported file carries: the data set, its
+    classes and normalisation, and ``limit_test``.
     """
     snapshot = _snapshot(Path(path), weights)
     config = ResolvedConfig.from_dict(snapshot.info["config"])
     facts = {**snapshot.info["data"], "limit_test": config.limit_test}
     learner = build_learner(config, len(facts["class_names"]), start=False)
-    learner.load_state_dict(checkpoint.under(snapshot.tensors, "learner/"))
+    raw = checkpoint.under(snapshot.tensors, "learner/")
+    average = checkpoint.under(snapshot.tensors, "average/")
+    learner.load_state_dict(raw | {name: tensor for name, tensor in average.items() if name in raw})
     return config, learner, facts
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cohort import StepOutput
 from .config import ConfigError
+from .processes import SINGLE, Processes
 
-__all__ = ["Means", "MetricLog", "read_records", "summary_writer"]
+__all__ = ["Interval", "Means", "MetricLog", "read_records", "summary_writer"]
 
+
+_COUNTS = 3
 
 _RECORD = {"kind": str, "epoch": int, "step": int}
 """What every record has, besides its values."""
@@ -102,47 +107,138 @@ def summary_writer() -> Any:
     return SummaryWriter
 
 
-class Means:
-    """Means over images of the loss and its terms, summed on the device until they are read."""
+class Interval(NamedTuple):
+    """What happened in an interval of steps.
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    Attributes:
+        means: of loss and terms over all images that count, empty if none does.
+        steps: how many were taken …
+        skipped: … and how many of them were left out, since loss or gradients were not finite.
+    """
+
+    means: dict[str, float]
+    steps: int
+    skipped: int
+
+
+class Means:
+    """Means over images of the loss and its terms, summed on the device, in place, until they are read.
+
+    Args:
+        names: of the loss and its terms.
+        device: where to sum, so that the memory is there before the first step; None: where the first loss lies.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device | str | None = None) -> None:
         self.names = names
-        self._sums: Tensor | None = None
-        self._images = 0
+        self._block: Tensor | None = None
         self._totals = [0.0] * len(names)
         self._total_images = 0
+        if device is not None:
+            self._allocate(device)
 
-    def update(self, output: StepOutput, images: int) -> None:
-        """Add one step of so many images."""
+    def _allocate(self, device: torch.device | str) -> Tensor:
+        # Counts and sums lie in one block, so that the host gets both, exact, by one copy.
+        self._block = torch.zeros(_COUNTS + (len(self.names) + 1) // 2, dtype=torch.int64, device=device)
+        return self._block
+
+    def _parts(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images that count, steps, and skipped ones among them, int64 (), and the sums, float32 (names,)."""
+        images, steps, skipped = block[:_COUNTS].unbind()
+        return images, steps, skipped, block[_COUNTS:].view(torch.float32)[: len(self.names)]
+
+    def update(self, output: StepOutput, images: int, bad: Tensor | None = None) -> None:
+        """Add one step of so many images; where ``bad``, a 0-dim bool, only count it as skipped."""
         values = torch.cat([output.loss.detach().reshape(1), output.terms]) * images
-        self._sums = values if self._sums is None else self._sums + values
-        self._images += images
+        block = self._allocate(values.device) if self._block is None else self._block
+        counted, steps, skipped, sums = self._parts(block)
+        steps.add_(1)
+        if bad is None:
+            counted.add_(images)
+        else:
+            values = values.masked_fill(bad, 0.0)
+            counted.add_(~bad, alpha=images)
+            skipped.add_(bad)
+        sums.add_(values)
 
-    def peek(self) -> dict[str, float]:
-        """Return the means since the last `read`, empty if there was no step; waits for the device."""
-        if self._sums is None:
-            return {}
-        return dict(zip(self.names, (value / self._images for value in self._sums.tolist()), strict=True))
+    def tensors(self) -> list[Tensor]:
+        """Return what `update` changes."""
+        return [] if self._block is None else [self._block]
 
-    def read(self) -> dict[str, float]:
-        """Return the means since the last call and begin anew; waits for the device."""
-        means = self.peek()
-        for i, value in enumerate(means.values()):
-            self._totals[i] += value * self._images
-        self._total_images += self._images
-        self._sums, self._images = None, 0
-        return means
+    def peek(self, processes: Processes = SINGLE) -> Interval:
+        """Return what happened since the last `read`; waits for the device.
+
+        Args:
+            processes: over whose images the means are; each of them calls this, and all get the same.
+        """
+        images, steps, skipped, sums = self._look(processes)
+        return Interval(self._means(images, sums), steps, skipped)
+
+    def read(self, processes: Processes = SINGLE) -> Interval:
+        """Return what happened since the last call, as `peek` does, and begin anew."""
+        images, steps, skipped, sums = self._look(processes)
+        self._totals = [total + value for total, value in zip(self._totals, sums, strict=True)]
+        self._total_images += images
+        if self._block is not None:
+            self._block.zero_()
+        return Interval(self._means(images, sums), steps, skipped)
 
     def epoch_means(self) -> dict[str, float]:
-        """Return the means over all that was read."""
-        return {name: total / self._total_images for name, total in zip(self.names, self._totals, strict=True)}
+        """Return the means over all that was read since `reset`, empty if no step counts."""
+        return self._means(self._total_images, self._totals)
+
+    def reset(self) -> None:
+        """Begin anew, as if nothing had been counted."""
+        self._totals, self._total_images = [0.0] * len(self.names), 0
+        if self._block is not None:
+            self._block.zero_()
+
+    def _look(self, processes: Processes = SINGLE) -> tuple[int, int, int, list[float]]:
+        """Bring counts and sums to the host."""
+        if self._block is None:
+            return 0, 0, 0, [0.0] * len(self.names)
+        block = self._block
+        if processes.count > 1:
+            block = block.clone()
+            images, _, _, sums = self._parts(block)
+            processes.sum_([images, sums])  # the steps are the same everywhere
+        images, steps, skipped, sums = self._parts(block.cpu())
+        return int(images), int(steps), int(skipped), sums.tolist()
+
+    def _means(self, images: int, sums: list[float]) -> dict[str, float]:
+        return {name: value / images for name, value in zip(self.names, sums, strict=True)} if images else {}
 
     def state(self) -> dict[str, Any]:
-        """Return the state as JSON values, exact."""
-        sums = None if self._sums is None else self._sums.tolist()
-        return {"sums": sums, "images": self._images, "totals": self._totals, "total_images": self._total_images}
+        """Return this process's state as JSON values, exact; waits for the device."""
+        images, steps, skipped, sums = self._look()
+        return {
+            "sums": sums,
+            "images": images,
+            "steps": steps,
+            "skipped": skipped,
+            "totals": list(self._totals),
+            "total_images": self._total_images,
+        }
 
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Put back what `state` returned."""
-        self._sums = None if state["sums"] is None else torch.tensor(state["sums"], device=device)
-        self._images, self._totals, self._total_images = state["images"], state["totals"], state["total_images"]
+    @staticmethod
+    def share(states: Sequence[Mapping[str, Any]], rank: int, count: int) -> dict[str, Any]:
+        """Return what process ``rank`` of ``count`` loads of the states that processes saved, one each.
+
+        As many processes as then get their own back; of another number the first takes all images.
+        """
+        if len(states) == count:
+            return dict(states[rank])
+        sums = [math.fsum(values) for values in zip(*(state["sums"] for state in states), strict=True)]
+        all_images = {"sums": sums, "images": sum(state["images"] for state in states)}
+        return {**states[0], **(all_images if rank == 0 else {"sums": [0.0] * len(sums), "images": 0})}
+
+    def load(self, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
+        """Put back what `state` returned, in place; ``device`` says where to sum if no step has said it yet."""
+        self._totals, self._total_images = list(state["totals"]), state["total_images"]
+        block = self._allocate(device or "cpu") if self._block is None else self._block
+        images, steps, skipped, sums = self._parts(block)
+        images.fill_(state["images"])
+        # Version 0.1 counted no steps, and had no sums where no step was taken since the last record.
+        steps.fill_(state.get("steps", 0))
+        skipped.fill_(state.get("skipped", 0))
+        sums.copy_(torch.tensor(state["sums"] or [0.0] * len(self.names), dtype=torch.float32))

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from .. import execution
 from ..cohort import Learner
-from ..data import DataBundle, Loader
+from ..data import DataBundle
+from ..nn import FeatureFusion
 from ..ops.augment import normalization_table
 from ..tasks import Score, task_of
-from . import checkpoint
+from . import checkpoint, saving
+from .autotune import choice_table, choose
+from .buffers import average_buffers
 from .checkpoint import Snapshot
 from .config import ResolvedConfig
+from .errors import TrainingError
 from .evaluation import score_split
-from .log import Means, MetricLog
+from .feeding import evaluation_feed, training_feed
+from .log import MetricLog
+from .processes import SINGLE, Processes
 from .report import Reporter
 from .schedule import learning_rate_factor, ramp_up
 from .signals import Stopped, StopSignal
-from .step import TrainStep, optimizer_tensors, restore_optimizer, to_device
+from .step import TrainStep
 
 __all__ = ["Trainer", "TrainingError"]
 
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; its last good checkpoint stands."""
+PLAN_FILE = "plan.json"
+_TRIAL_BATCHES = 4
+_MOST_ROLLBACKS = 3
+_MOST_SKIPPED = 50
 
 
 @dataclass
@@ -49,10 +58,11 @@ class Trainer:
     Args:
         config: a resolved config.
         data: what it trains and tests on.
-        learner: on the CPU, freshly built.
+        learner: on the CPU, freshly built, the same in every process.
         folder: exists; gets checkpoints and metrics.
         reporter: shows progress.
         stop: polled after every batch of training and test.
+        processes: those that share the run's batches; the first one alone writes.
     """
 
     def __init__(
@@ -63,23 +73,49 @@ class Trainer:
         folder: Path,
         reporter: Reporter,
         stop: StopSignal,
+        processes: Processes = SINGLE,
     ) -> None:
         self.config, self.data, self.folder, self.reporter, self.stop = config, data, folder, reporter, stop
+        self.processes = processes
         self.device = torch.device(config.device)
         self.learner = learner.to(self.device)
         if config.channels_last:
             self.learner.to(memory_format=torch.channels_last)
+        if processes.count > 1:
+            for fusion in (module for module in learner.modules() if isinstance(module, FeatureFusion)):
+                fusion.sync_batch_norm = True
         if config.compile:
             for module in filter(None, (learner.cohort.trunk, *learner.cohort.sub_networks)):
                 module.compile()
         self.task = task_of(data.num_classes, seed=config.seed, mixup=config.mixup, cutmix=config.cutmix)
+        self.feed = training_feed(config, data.train, self.device, processes, lead=self.task.mixes)
+        self.test_feed = evaluation_feed(
+            data.test,
+            self.device,
+            data_on=config.data_on,
+            workers=config.workers,
+            limit=config.limit_test,
+            processes=processes,
+        )
+        self.loader = self.feed.loader
         table = normalization_table(data.mean, data.std)
-        self.take_step = TrainStep(self.learner, self.task, table, config, self.device)
-        self.loader = _train_loader(config, data, self.device)
+        self.plan_name: str | None = None if config.plan == "auto" else config.plan
+        self.take_step = TrainStep(
+            self.learner,
+            self.task,
+            table,
+            config,
+            self.device,
+            plan=execution.create(self.plan_name or "serial", self.learner, self.device, processes=processes.count),
+            processes=processes,
+            batch_of=self.feed.batch,
+        )
+        self.losses, self.metric = self.take_step.losses, self.take_step.metric
         self.position = Position()
-        self.losses = Means(("loss", *learner.term_names))
-        self.metric = self.task.metric()
         self.scores: dict[str, Score] = {}
+        self._rollbacks = self._skipped_in_a_row = 0
+        if processes.count > 1:
+            torch.manual_seed(config.seed + (processes.rank << 32))  # what a network draws is each process's own
 
     @property
     def finished(self) -> bool:
@@ -94,30 +130,54 @@ class Trainer:
     def run(self, title: str) -> dict[str, Score]:
         """Train to the end and return the last epoch's test scores; raises Stopped after a signal, with all saved."""
         position = {"epoch": self.position.epoch, "step": self.global_step}
-        with (
-            MetricLog(self.folder, **position, tensorboard=self.config.tensorboard) as self.log,
-            self.reporter.run(title, self.config.epochs, len(self.loader)),
-        ):
-            if self.global_step == 0:
-                self.save()
-            while not self.finished:
-                self._train_epoch()
-                self._test_epoch()
+        log = MetricLog(self.folder, **position, tensorboard=self.config.tensorboard) if self.processes.main else None
+        with self.processes.guarded(), log or contextlib.nullcontext():
+            self.log = log
+            self.learner.train()
+            if self.plan_name is None:
+                self._choose_plan()
+            with self.reporter.run(title, self.config.epochs, len(self.loader)):
+                if self.global_step == 0:
+                    self.save()
+                while not self.finished:
+                    self._train_epoch()
+                    self._test_epoch()
         return self.scores
+
+    def _choose_plan(self) -> None:
+        """Time the plans that the device offers, take the fastest and note in the run's folder why."""
+        loader = self.loader
+        images = loader.images(0)
+        alike = sum(loader.images(step) == images for step in range(min(len(loader), _TRIAL_BATCHES)))
+        # Copies, since a batch holds only until the next one is asked for.
+        some = [tree_map(torch.clone, inputs) for _, inputs in zip(range(alike), self.feed.inputs(0), strict=False)]
+        choice = choose(self.take_step, some, images=images, lead=int(loader.lead), tell=lambda table: None)
+        self.plan_name = choice.name
+        if any(timing.milliseconds for timing in choice.timings):
+            self.reporter.console.print(choice_table(choice))
+        else:
+            self.reporter.line(f"plan {choice.name}: {choice.why}", style="dim")
+        if self.processes.main:
+            text = json.dumps({"plan": choice.name, "timings": [t._asdict() for t in choice.timings]}, indent=2)
+            (self.folder / PLAN_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def use_plan(self, name: str) -> None:
+        """Run the steps from here on by another plan, which computes the same."""
+        self.plan_name = name
+        self.take_step.use(execution.create(name, self.learner, self.device, processes=self.processes.count))
 
     def _train_epoch(self) -> None:
         at, config = self.position, self.config
         self.learner.train()
         self._start_clock()
-        for batch in self.loader.epoch(at.epoch, at.step):
-            batch = to_device(batch, self.device)
+        for inputs in self.feed.inputs(at.epoch, at.step):
+            images = self.loader.images(at.step)
             learning_rate, kl_weight = self._schedule(self.global_step)
             self.take_step.set_schedule(learning_rate=learning_rate, kl_weight=kl_weight)
-            output = self.take_step(batch, epoch=at.epoch, step=at.step)
-            self.losses.update(output, len(batch.target))
-            if not self.task.mixes:
-                self.metric.update(output.logits, batch.target)
-            self._timed_images += len(batch.target)
+            self.take_step(inputs, epoch=at.epoch, step=at.step, images=images, lead=int(self.loader.lead))
+            if config.sync_buffers == "step":
+                average_buffers(self.learner, self.processes)
+            self._timed_images += images
             at.step += 1
             self.reporter.step(at.epoch, at.step)
             if at.step % config.log_every == 0 or at.step == len(self.loader):
@@ -148,144 +208,146 @@ class Trainer:
     def _log_interval(self) -> None:
         """Read the losses of the last steps (the one place where training waits for the device) and record them."""
         at = self.position
-        means = self.losses.read()
-        self._check_losses(means)
+        means, steps, skipped = self.losses.read(self.processes)
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            self._not_finite(f"the loss is not finite ({', '.join(bad)})")
+            return
+        self._rollbacks = 0
+        self._mind_skipped(skipped, steps)
         seconds = time.perf_counter() - self._clock
         at.seconds += seconds
         self._speed = self._timed_images / seconds
         self._start_clock()
+        if not means:
+            return
         learning_rate, kl_weight = self._schedule(self.global_step - 1)
         values = {"learning_rate": learning_rate, "kl_weight": kl_weight, "images_per_second": self._speed}
-        self.log.write("train", at.epoch, self.global_step, means | values)
+        if self.config.nan == "skip":
+            values["skipped_steps"] = skipped
+        self._record("train", means | values)
         self.reporter.interval(at.epoch, at.step, means, self._speed)
+
+    def _mind_skipped(self, skipped: int, steps: int) -> None:
+        """Tell of skipped steps; TrainingError where nothing but skipping happens."""
+        self._skipped_in_a_row = self._skipped_in_a_row + skipped if skipped == steps else 0
+        if not skipped:
+            return
+        at = self.position
+        self.reporter.line(
+            f"warning: epoch {at.epoch + 1}: {skipped} of the last {steps} steps had a loss or gradients that are not "
+            "finite and were skipped",
+            style="yellow",
+        )
+        if self._skipped_in_a_row >= _MOST_SKIPPED:
+            raise TrainingError(
+                f"by step {at.step} of epoch {at.epoch + 1} the last {self._skipped_in_a_row} steps had to be skipped, "
+                f"since their loss or gradients are not finite; {self._remedy()}"
+            )
+
+    def _record(self, kind: str, values: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(kind, self.position.epoch, self.global_step, values)
 
     def _test_epoch(self) -> None:
         """Test, record, and save; a signal during the test saves the run as it was before it."""
         at = self.position
         self.reporter.testing(at.epoch)
         self.learner.eval()
-        scores = score_split(
-            self.learner.predict,
-            self.data.test,
-            self.take_step.table,
-            self.task,
-            workers=self.config.workers,
-            limit=self.config.limit_test,
-            should_stop=lambda: self.stop.signum is not None,
-        )
+        with self.take_step.averaged():
+            average_buffers(self.learner, self.processes)
+            scores = score_split(
+                self.learner.predict,
+                self.test_feed,
+                self.take_step.table,
+                self.task,
+                processes=self.processes,
+                should_stop=lambda: self._signal() is not None,
+            )
         if scores is None:
             self._stop_if_asked()
             return
         self.scores = scores
         means = self.losses.epoch_means()
         learning_rate, kl_weight = self._schedule(self.global_step - 1)
+        name = self.task.metric_name
         values = {
             **means,
-            **{f"train_{self.task.metric_name}/{name}": score.value for name, score in self.metric.read().items()},
-            **{f"test_{self.task.metric_name}/{name}": score.value for name, score in scores.items()},
+            **{f"train_{name}/{key}": score.value for key, score in self.metric.read(self.processes).items()},
+            **{f"test_{name}/{key}": score.value for key, score in scores.items()},
             "learning_rate": learning_rate,
             "kl_weight": kl_weight,
             "seconds": at.seconds,
         }
-        self.log.write("epoch", at.epoch, self.global_step, values)
-        self.reporter.epoch(at.epoch, means["loss"], scores, self.task.metric_name)
+        self._record("epoch", values)
+        self.reporter.epoch(at.epoch, means.get("loss", math.nan), scores, name)
         main = scores[str(self.learner.method.main_output)].value
         at.epoch, at.step = at.epoch + 1, 0
-        self.losses = Means(self.losses.names)
-        self.metric = self.task.metric()
+        self.losses.reset()
+        self.metric.reset()
         if main > at.best:
             at.best, at.best_epoch = main, at.epoch - 1
-            checkpoint.write(self.folder / checkpoint.BEST, Snapshot(self._learner_tensors(), self._info()))
+            with self.take_step.averaged():
+                average_buffers(self.learner, self.processes)
+                best = Snapshot(saving.learner_tensors(self), saving.describe(self))
+                self.processes.only_main(lambda: checkpoint.write(self.folder / checkpoint.BEST, best))
         self.save()
         self._stop_if_asked()
 
+    def _signal(self) -> int | None:
+        """Return the signal on which all processes stop here, None for none."""
+        return self.processes.agree(self.stop.signum)
+
     def _stop_if_asked(self) -> None:
-        if self.stop.signum is not None:
+        signum = self._signal()
+        if signum is not None:
             self.save()
-            raise Stopped(self.stop.signum)
+            raise Stopped(signum)
 
     def save(self) -> None:
-        """Write last.safetensors and keep the one before; TrainingError, with no file touched, if not all is finite."""
-        self._check_losses(self.losses.peek())
-        random = checkpoint.get_random_state(self.device)
-        optimizer = optimizer_tensors(self.take_step.optimizer, self.learner)
-        tensors = {
-            **self._learner_tensors(),
-            **{f"optimizer/{name}": tensor for name, tensor in optimizer.items()},
-            **{f"random/{name}": tensor for name, tensor in random.tensors.items()},
-        }
-        info = self._info() | {
-            "losses": self.losses.state(),
-            "metric": self.metric.state(),
-            "random": random.info,
-            "scaler": self.take_step.scaler.state_dict(),
-        }
+        """Write last.safetensors and keep the one before; where not all is finite no file is touched, see `--nan`."""
+        problem = saving.problem(self)
+        if problem:
+            self._not_finite(problem)
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        taken = saving.take(self)
         folder = self.folder
-        checkpoint.write(folder / checkpoint.LAST, Snapshot(tensors, info), keep=folder / checkpoint.PREVIOUS)
+        self.processes.only_main(
+            lambda: checkpoint.write(folder / checkpoint.LAST, taken, keep=folder / checkpoint.PREVIOUS)
+        )
+        self.processes.saved(folder / checkpoint.LAST)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put everything back as `save` found it."""
-        tensors, info = snapshot
-        self.learner.load_state_dict(checkpoint.under(tensors, "learner/"))
-        restore_optimizer(self.take_step.optimizer, self.learner, checkpoint.under(tensors, "optimizer/"))
-        self.take_step.scaler.load_state_dict(info["scaler"])
-        self.position = Position(**info["position"])
+        saving.put_back(self, snapshot)
+
+    def _not_finite(self, problem: str) -> None:
+        """Go back to the last checkpoint's weights and on with the images after these, or raise TrainingError."""
+        at = self.position
+        where = f"by step {at.step} of epoch {at.epoch + 1} {problem}"
+        if self.config.nan != "rollback":
+            raise TrainingError(f"{where}; {self._remedy()}")
+        if self._rollbacks == _MOST_ROLLBACKS:
+            raise TrainingError(f"{where}, after {_MOST_ROLLBACKS} returns to the last checkpoint; {self._remedy()}")
+        self._rollbacks += 1
+        good = self.processes.only_main(lambda: checkpoint.load_latest(self.folder)[0])
+        self.restore(good)
+        was, self.position = self.position, at
+        if was.epoch != at.epoch:
+            self.losses.reset()
+            self.metric.reset()
         self.take_step.state.step.fill_(self.global_step)
-        self.losses.load(info["losses"], self.device)
-        self.metric.load(info["metric"], self.device)
-        self.scores = {name: Score(*counts) for name, counts in info["scores"].items()}
-        checkpoint.set_random_state(Snapshot(checkpoint.under(tensors, "random/"), info["random"]), self.device)
-
-    def _learner_tensors(self) -> dict[str, Tensor]:
-        tensors = {f"learner/{name}": tensor for name, tensor in self.learner.state_dict().items()}
-        bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]
-        bad += [name for name, parameter in self.learner.named_parameters() if parameter.isinf().any()]
-        if bad:
-            raise TrainingError(f"{len(bad)} weights are not finite, the first {bad[0]!r}; {self._remedy()}")
-        return tensors
-
-    def _info(self) -> dict[str, Any]:
-        return {
-            "config": self.config.to_dict(),
-            "position": asdict(self.position),
-            "scores": self.scores,
-            "data": describe_data(self.config, self.data),
-        }
-
-    def _check_losses(self, means: dict[str, float]) -> None:
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            at = self.position
-            raise TrainingError(
-                f"by step {at.step} of epoch {at.epoch + 1} the loss is not finite ({', '.join(bad)}); {self._remedy()}"
-            )
+        self._start_clock()
+        self._write()
+        self._record("rollback", {"to_epoch": was.epoch, "to_step": was.epoch * len(self.loader) + was.step})
+        self.reporter.line(
+            f"warning: {where}; back to the weights of epoch {was.epoch + 1}, step {was.step}, and on with the images "
+            "that follow",
+            style="yellow",
+        )
 
     def _remedy(self) -> str:
         return f"try a smaller --lr or --amp off; the last good checkpoint is {self.folder / checkpoint.LAST}"
-
-
-def describe_data(config: ResolvedConfig, data: DataBundle) -> dict[str, Any]:
-    """Return what a checkpoint remembers of its data: enough to test on it, and to notice other data of that name."""
-    return {
-        "data": config.data,
-        "image_size": data.image_size,
-        "class_names": list(data.class_names),
-        "num_classes": data.num_classes,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "train_images": len(data.train),
-    }
-
-
-def _train_loader(config: ResolvedConfig, data: DataBundle, device: torch.device) -> Loader:
-    images = len(data.train) if config.limit_train is None else min(config.limit_train, len(data.train))
-    return Loader(
-        data.train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        train=True,
-        workers=config.workers,
-        drop_last=images % config.batch_size == 1,  # batch normalisation cannot train on a single image
-        limit=config.limit_train,
-        pin_memory=device.type == "cuda",
-    )

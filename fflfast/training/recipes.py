@@ -35,6 +35,7 @@ DATA_RECIPES: Mapping[str, Mapping[str, Any]] = {
     "imagefolder": {"epochs": 100, "batch_size": 256, "milestones": (30, 60, 90), "ramp_up_epochs": 80.0},
     # Ours: long enough to see that a set-up works and how fast it is.
     "synthetic": {"epochs": 2},
+    "synthetic-imagenet": {"epochs": 2, "batch_size": 256},
 }
 """By data set: values over the method's recipe; ``ramp_up_epochs`` stands for the method's option of that name."""
 

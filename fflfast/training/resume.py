@@ -11,39 +11,48 @@ from . import checkpoint
 from .arguments import check_types
 from .build import absolute, select_device
 from .checkpoint import CheckpointError, Snapshot
-from .config import MAY_CHANGE, ConfigError, ResolvedConfig, TrainConfig, check_given, check_ranges, naming, shorten
+from .config import MAY_CHANGE, ConfigError, ResolvedConfig, TrainConfig, check_ranges, naming, shorten
 from .log import summary_writer
-from .loop import describe_data
 from .report import Reporter
+from .saving import describe_data
 
-__all__ = ["check_data", "has_checkpoint", "load", "resume"]
+__all__ = ["check_data", "find_snapshot", "has_checkpoint", "load", "resume"]
 
 
 @naming("--resume")
-def resume(config: TrainConfig, reporter: Reporter) -> tuple[ResolvedConfig, Snapshot] | None:
-    """Return the config and the snapshot to continue from, None for a new run.
-
-    What is `TrainConfig.given` must be as the run has it, except for what `MAY_CHANGE`.
-    """
+def find_snapshot(config: TrainConfig, reporter: Reporter) -> Snapshot | None:
+    """Return the snapshot to continue from, None for a new run."""
     if config.resume is None:
         return None
-    check_given(config)
     if config.resume == "auto":
         if config.out is None:
             raise ConfigError("--resume auto: continues the run in --out, which is not given; add --out FOLDER")
         if not has_checkpoint(Path(config.out)):
             return None
-    folder = Path(config.out if config.out and config.resume == "auto" else config.resume)
+    folder = _folder(config)
     if not folder.is_dir():
         raise ConfigError(f"--resume {folder}: no such folder; give the folder of a run")
     if config.out is not None and Path(config.out).resolve() != folder.resolve():
         raise ConfigError(f"--resume {folder} continues in that folder, but --out is {config.out}; leave --out away")
     try:
-        snapshot = load(folder, reporter)
+        return load(folder, reporter)
     except CheckpointError as error:
         raise ConfigError(f"--resume {folder}: {error}") from error
+
+
+def _folder(config: TrainConfig) -> Path:
+    return Path((config.out if config.resume == "auto" else config.resume) or "")
+
+
+@naming("--resume")
+def resume(config: TrainConfig, snapshot: Snapshot) -> ResolvedConfig:
+    """Return the settings that a run goes on with.
+
+    What is `TrainConfig.given` must be as the run has it, except for what `MAY_CHANGE`.
+    """
+    folder = _folder(config)
     saved = snapshot.info["config"]
-    values = {**saved, "out": str(folder), "resume": str(folder)}
+    values = {**TrainConfig().to_dict(), **saved, "out": str(folder), "resume": str(folder)}
     asked = config.to_dict()
     for name in sorted(config.given - {"out", "resume"}):
         given = asked[name]
@@ -51,17 +60,17 @@ def resume(config: TrainConfig, reporter: Reporter) -> tuple[ResolvedConfig, Sna
             given = absolute(given)
         if name in MAY_CHANGE:
             values[name] = given
-        elif not _agrees(saved[name], given, name):
+        elif not _agrees(values[name], given, name):
             raise ConfigError(
-                f"--resume {folder}: the run has {name} {saved[name]}, got {shorten(given)}; leave it away to continue "
-                "that run, or start a new one in another --out"
+                f"--resume {folder}: the run has {name} {values[name]}, got {shorten(given)}; leave it away to "
+                "continue that run, or start a new one in another --out"
             )
     values["device"] = str(select_device(values["device"]))
     resolved = check_types(ResolvedConfig(**values), methods.resolve(saved["method"]).Options)
     check_ranges(resolved)
     if resolved.tensorboard:
         summary_writer()
-    return resolved, snapshot
+    return resolved
 
 
 def has_checkpoint(folder: Path) -> bool:

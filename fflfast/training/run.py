@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -20,13 +21,17 @@ import fflfast
 from .. import methods
 from ..cohort import Learner
 from ..data import DataBundle
+from ..execution import refusal
 from ..tasks import Score
-from .build import build_learner, open_bundle, resolve
+from . import processes
+from .allocator import keep_memory
+from .build import Resolved, build_learner, open_bundle, resolve
 from .checkpoint import LAST, Snapshot
-from .config import ConfigError, ResolvedConfig, TrainConfig, naming
-from .loop import Trainer
+from .config import ConfigError, ResolvedConfig, TrainConfig, check_given, naming
+from .loop import PLAN_FILE, Trainer
+from .processes import Processes
 from .report import Reporter, score_table
-from .resume import check_data, has_checkpoint, load, resume
+from .resume import check_data, find_snapshot, has_checkpoint, load, resume
 from .signals import Stopped, StopSignal
 
 __all__ = ["RunResult", "train"]
@@ -39,6 +44,7 @@ _ABORTED_START = frozenset(
         "metrics.jsonl",
         "metrics.tmp",
         "tensorboard",
+        PLAN_FILE,
         f"{LAST}.tmp",
     )
 )
@@ -56,9 +62,11 @@ class RunResult(NamedTuple):
 def train(config: TrainConfig, *, quiet: bool = False) -> RunResult:
     """Train as configured, or continue a run, and return its scores.
 
-    Seeds the global generators of torch, NumPy and Python. SIGTERM and SIGINT save the run and raise `Stopped`,
-    a SystemExit of code 143 or 130; the run then continues with ``resume``, bit for bit. A setting of ``config`` that
-    equals its default counts as not given, so that with ``resume`` it neither changes nor contradicts the run's own;
+    Under torchrun its processes share every batch; the first one alone writes and shows. On a CPU the process keeps its
+    memory (`allocator.keep_memory`). Seeds the global generators of torch, NumPy and Python. SIGTERM and SIGINT save
+    the run and raise `Stopped`, a SystemExit of code 143 or 130; the run then continues with ``resume``, bit for bit. A
+    setting of ``config`` that equals its default counts as not given, so that with ``resume`` it neither changes nor
+    contradicts the run's own;
     `TrainConfig.from_dict` takes every key as given.
 
     Raises:
@@ -66,34 +74,59 @@ def train(config: TrainConfig, *, quiet: bool = False) -> RunResult:
         TrainingError: the loss or a weight is no longer finite; the last good checkpoint stands.
         CheckpointError: a checkpoint cannot be read or written.
         DataError: images that cannot be read.
+        ProcessLost: another process of the run is gone; the last good checkpoint stands.
     """
-    reporter = Reporter(quiet=quiet)
-    snapshot = None
-    resumed = resume(config, reporter)
-    if resumed is None:
-        resolved, data, notes = resolve(config)
-        _check_baseline(resolved)
-    else:
-        resolved, snapshot = resumed
-        data, notes = open_bundle(resolved), []
-        check_data(snapshot, resolved, data)
-    with _arithmetic(resolved), StopSignal() as stop:
-        learner = build_learner(resolved, data.num_classes, start=snapshot is None, tell=notes.append)
-        folder = _folder(resolved)
+    # Signals from the first moment on: torchrun sends them to the rest when a process dies.
+    with StopSignal() as stop, processes.start(config.device, plan=config.plan) as together:
+        return _train(config, Reporter(quiet=quiet or not together.main), stop, together)
+
+
+def _train(config: TrainConfig, reporter: Reporter, stop: StopSignal, processes: Processes) -> RunResult:
+    check_given(config)
+    snapshot = processes.only_main(lambda: find_snapshot(config, reporter))
+    if config.download and processes.count > 1:
+        processes.only_main(lambda: open_bundle(config) and None)  # the others find the files there
+    resolved, data, notes = processes.together(lambda: _open(config, snapshot, processes))
+    with _arithmetic(resolved):
+        learner = processes.together(
+            lambda: build_learner(resolved, data.num_classes, start=snapshot is None, tell=notes.append)
+        )
+        folder = Path(processes.only_main(lambda: str(_folder(resolved))))
         if snapshot is None:
-            resolved = _begin(folder, resolved)
-        for line in [*_headline(resolved, data, learner), *notes]:
+            resolved = dataclasses.replace(resolved, out=str(folder), resume=None)
+            processes.only_main(lambda: _begin(folder, resolved))
+        for line in [*_headline(resolved, data, learner, processes.count), *notes]:
             reporter.line(line, style="dim")
         try:
-            trainer = _run(resolved, data, learner, folder, snapshot, reporter, stop)
-            baseline = _run_baselines(resolved, data, folder, reporter, stop) if resolved.baseline else {}
+            trainer = _run(resolved, data, learner, folder, snapshot, reporter, stop, processes)
+            alone = _run_baselines(resolved, data, folder, reporter, stop, processes) if resolved.baseline else {}
         except Stopped as stopped:
             reporter.line(f"stopped by {signal.Signals(stopped.signum).name}, all saved; go on with --resume {folder}")
             raise
-    result = RunResult(folder, trainer.scores, {arch: alone.scores["sub0"] for arch, alone in baseline.items()})
-    _write_summary(result, resolved, trainer)
+    result = RunResult(folder, trainer.scores, {arch: one.scores["sub0"] for arch, one in alone.items()})
+    processes.only_main(lambda: _write_summary(result, resolved, trainer))
     _print_result(result, resolved, trainer, reporter)
     return result
+
+
+def _open(config: TrainConfig, snapshot: Snapshot | None, processes: Processes) -> Resolved:
+    """Return the settings of a new run, or of the one that goes on, and its data."""
+    if snapshot is None:
+        resolved = resolve(config, processes)
+        _check_baseline(resolved.config)
+    else:
+        settings = resume(config, snapshot)
+        resolved = Resolved(settings, open_bundle(settings), [])
+        check_data(snapshot, settings, resolved.data)
+    _check_plan(resolved.config, processes)
+    return resolved
+
+
+def _check_plan(config: ResolvedConfig, processes: Processes) -> None:
+    if config.plan != "auto":
+        reason = refusal(config.plan, config.device, processes=processes.count, backend=processes.backend)
+        if reason:
+            raise ConfigError(f"--plan {config.plan}: {reason}; take --plan serial, or auto")
 
 
 def _run(
@@ -104,10 +137,12 @@ def _run(
     snapshot: Snapshot | None,
     reporter: Reporter,
     stop: StopSignal,
+    processes: Processes,
 ) -> Trainer:
-    trainer = Trainer(config, data, learner, folder, reporter, stop)
+    trainer = Trainer(config, data, learner, folder, reporter, stop, processes)
     if snapshot is not None:
         trainer.restore(snapshot)
+        processes.saved(folder / LAST)
         at = trainer.position
         if trainer.finished:
             reporter.line(f"{folder} is finished: {config.epochs} epochs")
@@ -118,7 +153,12 @@ def _run(
 
 
 def _run_baselines(
-    config: ResolvedConfig, data: DataBundle, folder: Path, reporter: Reporter, stop: StopSignal
+    config: ResolvedConfig,
+    data: DataBundle,
+    folder: Path,
+    reporter: Reporter,
+    stop: StopSignal,
+    processes: Processes,
 ) -> dict[str, Trainer]:
     """Train one network of each architecture alone, in RUN/baseline-ARCH; one that was interrupted goes on."""
     trainers = {}
@@ -133,21 +173,23 @@ def _run_baselines(
             trunk="none",
             baseline=False,
             out=str(own),
+            resume=None,
         )
-        snapshot = None
-        if has_checkpoint(own):
-            snapshot = load(own, reporter)
-        else:
-            alone = _begin(own, alone)
+        snapshot = processes.only_main(functools.partial(_load_if_any, own, reporter))
+        if snapshot is None:
+            processes.only_main(functools.partial(_begin, own, alone))
         learner = build_learner(alone, data.num_classes, start=snapshot is None)
         reporter.line(f"baseline: {arch} alone, same recipe and seed", style="dim")
-        trainers[arch] = _run(alone, data, learner, own, snapshot, reporter, stop)
+        trainers[arch] = _run(alone, data, learner, own, snapshot, reporter, stop, processes)
     return trainers
 
 
-def _begin(folder: Path, config: ResolvedConfig) -> ResolvedConfig:
+def _load_if_any(folder: Path, reporter: Reporter) -> Snapshot | None:
+    return load(folder, reporter) if has_checkpoint(folder) else None
+
+
+def _begin(folder: Path, config: ResolvedConfig) -> None:
     """Make the run's folder and write its config: the first thing that touches the disk."""
-    config = dataclasses.replace(config, out=str(folder), resume=None)
     file = folder / "config.yaml"
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -159,7 +201,6 @@ def _begin(folder: Path, config: ResolvedConfig) -> ResolvedConfig:
             for path in made:
                 path.rmdir()
         raise ConfigError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from error
-    return config
 
 
 @naming("--out")
@@ -195,6 +236,8 @@ def _arithmetic(config: ResolvedConfig) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.deterministic
+    if config.device == "cpu":
+        keep_memory()
     try:
         yield
     finally:
@@ -202,15 +245,16 @@ def _arithmetic(config: ResolvedConfig) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def _headline(config: ResolvedConfig, data: DataBundle, learner: Learner) -> list[str]:
+def _headline(config: ResolvedConfig, data: DataBundle, learner: Learner, count: int) -> list[str]:
     parameters = sum(p.numel() for p in learner.parameters())
     sizes = f"{len(data.train):,} training and {len(data.test):,} test images, {data.num_classes} classes"
     trunk = "" if learner.cohort.trunk is None else ", shared trunk"
     milestones = f", ×{config.gamma:g} at {', '.join(map(str, config.milestones))}" if config.milestones else ""
     amp = "" if config.amp == "off" else f", {config.amp}"
+    where = config.device if count == 1 else f"{count} processes, the first on {config.device}"
     return [
         f"{config.data}: {sizes}, {data.image_size}×{data.image_size}",
-        f"{config.method}: {' + '.join(config.arch)}{trunk}, {parameters:,} parameters, on {config.device}{amp}",
+        f"{config.method}: {' + '.join(config.arch)}{trunk}, {parameters:,} parameters, on {where}{amp}",
         f"{config.epochs} epochs of batch {config.batch_size}, lr {config.lr:g} {config.schedule}{milestones}, "
         f"seed {config.seed} → {config.out}",
     ]
@@ -231,6 +275,8 @@ def _write_summary(result: RunResult, config: ResolvedConfig, trainer: Trainer) 
         "config_hash": config.hash(),
         "versions": {"fflfast": fflfast.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": str(trainer.device),
+        "plan": trainer.plan_name,
+        "processes": trainer.processes.count,
     }
     (result.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 

@@ -1,0 +1,110 @@
+"""Where a run's images come from: a set that lies on the device, or batches that threads load and copy there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..data import Batch, Loader, ResidentLoader, Split, prefetch, resident_bytes
+from .config import ConfigError, ResolvedConfig
+from .processes import SINGLE, Processes
+
+__all__ = ["Feed", "evaluation_feed", "memory_budget", "training_feed"]
+
+TEST_BATCH_SIZE = 256
+"""Images in a test batch: one number for every test, since it may decide the last bit of a logit."""
+
+_SHARE_OF_MEMORY = 8
+
+
+class Feed:
+    """A loader and the way of its batches to the device.
+
+    Attributes:
+        loader: what is read; `len()` and `images(step)` say how many steps and images an epoch has.
+        resident: whether the set lies on the device.
+    """
+
+    def __init__(self, loader: Loader | ResidentLoader, device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+        self.resident = isinstance(loader, ResidentLoader)
+
+    def inputs(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
+        """Yield what `batch` makes a batch of, on the device: batches, or places in a set that lies there."""
+        inputs = self.loader.inputs(epoch, start_step)
+        return inputs if self.resident else prefetch(inputs, self.device)
+
+    @property
+    def batch(self) -> Callable[[Any], Batch]:
+        """Turns one of the `inputs` into a batch by operations of the device alone."""
+        return self.loader.batch
+
+
+def training_feed(
+    config: ResolvedConfig, split: Split, device: torch.device, processes: Processes, *, lead: bool
+) -> Feed:
+    """Return the training images of one process; ``lead`` adds the neighbour that mixing needs."""
+    images = len(split) if config.limit_train is None else min(config.limit_train, len(split))
+    return _feed(
+        split,
+        device,
+        config.data_on,
+        workers=config.workers,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        train=True,
+        drop_last=images % config.batch_size == 1,  # batch normalisation cannot train on a single image
+        limit=config.limit_train,
+        rank=processes.rank,
+        world=processes.count,
+        lead=lead and processes.count > 1,
+    )
+
+
+def evaluation_feed(
+    split: Split,
+    device: torch.device,
+    *,
+    data_on: str = "auto",
+    workers: int = 0,
+    limit: int | None = None,
+    processes: Processes = SINGLE,
+) -> Feed:
+    """Return the test images of one process: whole batches in file order, whatever the number of processes."""
+    return _feed(
+        split,
+        device,
+        data_on,
+        workers=workers,
+        batch_size=TEST_BATCH_SIZE,
+        seed=0,
+        train=False,
+        limit=limit,
+        rank=processes.rank,
+        world=processes.count,
+    )
+
+
+def _feed(split: Split, device: torch.device, data_on: str, *, workers: int, **options: Any) -> Feed:
+    size = resident_bytes(split, options["limit"])
+    if data_on == "device" and size is None:
+        raise ConfigError(
+            f"--data-on device: {split.name} is decoded from files and cannot lie on a device; leave it away"
+        )
+    fits = size is not None and size <= memory_budget(device)
+    if data_on == "device" or (data_on == "auto" and fits):
+        return Feed(ResidentLoader(split, device=device, **options), device)
+    return Feed(Loader(split, workers=workers, pin_memory=device.type == "cuda", **options), device)
+
+
+def memory_budget(device: torch.device) -> int:
+    """Return how many bytes of the memory that a device computes in a data set may take by itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // _SHARE_OF_MEMORY
+    if not hasattr(os, "sysconf"):
+        return 1 << 30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE_OF_MEMORY

@@ -1,0 +1,447 @@
+"""One training step: what it computes under each option, on every plan, and what it leaves alone."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import suppress
+
+import pytest
+import torch
+from steps import CPU, Alone, Reads, batches, bits, freeze_norms, gradients, make, rows, same_bits
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fflfast
+from fflfast import execution
+from fflfast.data import Batch
+from fflfast.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from fflfast.training.processes import Processes
+
+NOISY = "training_runs:Noisy"
+# Options that add work to a step; every plan must give the same bits with each.
+OPTIONS = {
+    "plain": {},
+    "dropout-ema-skip": {"method": NOISY, "ema": 0.9, "nan": "skip"},
+    "accumulate-clip": {"accumulate": 3, "clip_norm": 0.5},
+    "fp16": {"amp": "fp16", "nan": "skip", "channels_last": True},
+    "bf16": {"amp": "bf16", "channels_last": True, "ema": 0.5},
+    "mixing": {"mixup": 0.2, "cutmix": 1.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter():
+    """Steps in bf16 and fp16 would run in Triton's interpreter here, at seconds a step."""
+    with fflfast.use_backend("reference"):
+        yield
+
+
+def _run(step, some, epoch=0):
+    for k, batch in enumerate(some):
+        output = step(batch, epoch=epoch, step=k)
+    return output
+
+
+def _everything(step):
+    """All that a step leaves behind, collected without asking it what that is."""
+    optimizer = optimizer_tensors(step.optimizer, step.learner)
+    averages = step.averages.tensors() if step.averages else {}
+    measures = [step.losses.state(), step.metric.state(), step.scaler.state_dict(), int(step.state.step)]
+    return bits([*step.learner.state_dict().values(), *optimizer.values(), *averages.values()]), measures
+
+
+@pytest.mark.parametrize("plan", ["streams", "graph"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_plan_takes_the_same_steps(options, plan):
+    results = []
+    for name in ("serial", plan):
+        torch.manual_seed(0)
+        step = make(**options)
+        step.use(execution.create(name, step.learner, CPU))
+        last = _run(step, [*batches(step, 5), *batches(step, 2)])  # a short batch in the middle
+        results.append((*_everything(step), bits([last.loss, last.terms, *last.logits.values()])))
+    (tensors, measures, outputs), others = results
+    assert same_bits(tensors, others[0])
+    assert measures == others[1]
+    assert same_bits(outputs, others[2])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_nothing_changes_in_a_step_that_is_not_named(options):
+    """Put back what `changing` names, and the generators, and the same steps give the same bits."""
+    torch.manual_seed(0)
+    step = make(**options)
+    some = batches(step, 3)
+    _run(step, some)
+    before, tensors, measures = execution.Snapshot(step.changing, CPU), *_everything(step)
+    last = _run(step, some, epoch=1)
+    after, outputs = _everything(step), bits([last.loss, *last.logits.values()])
+    assert not same_bits(after[0], tensors)
+    assert after[1][3] == measures[3] + 3
+    before.restore()
+    assert same_bits(_everything(step)[0], tensors)
+    assert _everything(step)[1] == measures
+    last = _run(step, some, epoch=1)
+    assert same_bits(_everything(step)[0], after[0])
+    assert same_bits(bits([last.loss, *last.logits.values()]), outputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [({}, 1), ({"accumulate": 3, "clip_norm": 1.0, "ema": 0.9, "nan": "skip"}, 3), ({"amp": "fp16", "nan": "skip"}, 1)],
+    ids=["plain", "everything", "fp16"],
+)
+def test_a_step_reads_nothing_from_the_device(options, parts):
+    """On a CPU the loss itself looks at its target; the step around it adds not one read."""
+    step = make(**options)
+    (batch,) = batches(step, 1)
+    float_batch = Batch(torch.zeros(24, 3, 8, 8), batch.target, batch.index)
+    with Reads() as alone, step.autocast():
+        step.learner(float_batch, step.state).loss.backward()
+    step.optimizer.zero_grad(set_to_none=True)
+    with Reads() as reads:
+        step.set_schedule(learning_rate=0.1, kl_weight=0.5)
+        step(batch, epoch=0, step=0)
+    assert reads.count == parts * alone.count
+    with Reads() as reads:
+        step.losses.peek()
+    assert reads.count > 0
+
+
+class _Fills(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.count += operation.overloadpacket == torch.ops.aten.fill_
+        return operation(*arguments, **(options or {}))
+
+
+def test_the_learning_rate_is_the_states_tensor_and_unchanged_values_launch_nothing():
+    step = make()
+    assert len(step.optimizer.param_groups) == 2
+    assert all(group["lr"] is step.state.learning_rate for group in step.optimizer.param_groups)
+    with _Fills() as fills:
+        step.set_schedule(learning_rate=0.05, kl_weight=0.5)
+    assert fills.count == 0
+    with _Fills() as fills:
+        step.set_schedule(learning_rate=0.07, kl_weight=0.5)
+    assert fills.count == 1
+    assert step.state.learning_rate == torch.tensor(0.07)
+    (batch,) = batches(step, 1)
+    before = step.optimizer.param_groups[0]["params"][0].detach().clone()
+    step.set_schedule(learning_rate=0.0, kl_weight=0.5)
+    step(batch, epoch=0, step=0)
+    assert torch.equal(step.optimizer.param_groups[0]["params"][0], before)
+
+
+def test_the_state_says_where_the_run_stands():
+    step = make()
+    (batch,) = batches(step, 1)
+    step(batch, epoch=3, step=7)
+    step(batch, epoch=3, step=8)
+    state = step.state
+    assert (int(state.epoch), int(state.batch), int(state.step)) == (3, 8, 2)
+
+
+def test_what_a_step_returns_holds_no_graph():
+    step = make()
+    (batch,) = batches(step, 1)
+    output = step(batch, epoch=0, step=0)
+    assert all(t.grad_fn is None for t in (output.loss, output.terms, *output.logits.values()))
+    assert all(p.grad is None for p in step.learner.parameters())
+    assert list(output.logits) == ["sub0", "sub1", "fused"]
+    assert step.losses.peek().means["loss"] == pytest.approx(output.loss.item())
+    assert step.metric.read()["fused"].total == 24
+
+
+# ---- the optimizer
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_momentum_is_there_from_the_start_and_counts_as_none(channels_last):
+    step = make(channels_last=channels_last)
+    state = optimizer_tensors(step.optimizer, step.learner)
+    assert len(state) == len(list(step.learner.parameters()))
+    for name, parameter in step.learner.named_parameters():
+        assert state[f"{name}/momentum_buffer"].stride() == parameter.stride(), name
+    twin = make(channels_last=channels_last)
+    twin.optimizer.state.clear()  # as an optimizer of torch begins
+    (batch,) = batches(step, 1)
+    for each in (step, twin):
+        each(batch, epoch=0, step=0)
+        each(batch, epoch=0, step=1)
+    assert same_bits(bits(step.learner.parameters()), bits(twin.learner.parameters()))
+
+
+def test_no_momentum_no_buffers():
+    assert optimizer_tensors(make(momentum=0.0, nesterov=False).optimizer, make().learner) == {}
+
+
+def test_the_optimizer_is_restored_in_place_and_in_each_parameters_memory_order():
+    step = make(channels_last=True)
+    some = batches(step, 3)
+    _run(step, some[:2])
+    own = optimizer_tensors(step.optimizer, step.learner)
+    saved = {name: value.clone(memory_format=torch.contiguous_format) for name, value in own.items()}
+    before = bits(own.values())
+    _run(step, some[2:])
+    restore_optimizer(step.optimizer, step.learner, saved)
+    now = optimizer_tensors(step.optimizer, step.learner)
+    assert all(now[name] is value for name, value in own.items())
+    assert same_bits(bits(now.values()), before)
+    restore_optimizer(step.optimizer, step.learner, {})
+    assert all(not value.any() for value in now.values())
+
+
+# ---- accumulation, clipping, mixed precision
+
+
+@pytest.mark.parametrize(("accumulate", "size"), [(2, 24), (5, 24), (3, 8)])
+def test_parts_add_up_to_the_batch(accumulate, size):
+    """With norms that do not look at the batch, parts of unequal size give the gradients of the whole."""
+    whole, parted = (make(dtype=torch.float64, prepare=freeze_norms, accumulate=n) for n in (1, accumulate))
+    (batch,) = batches(whole, 1, size)
+    seen = [gradients(whole), gradients(parted)]
+    outputs = [step(batch, epoch=0, step=0) for step in (whole, parted)]
+    for name, gradient in seen[0].items():
+        torch.testing.assert_close(seen[1][name], gradient, rtol=1e-9, atol=1e-12)
+    assert max(gradient.abs().max() for gradient in seen[0].values()) > 1e-2
+    for left, right in zip(*(
+        [output.loss, output.terms, *output.logits.values()] for output in outputs
+    ), strict=True):  # fmt: skip
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+    assert parted.losses.peek().means == pytest.approx(whole.losses.peek().means)
+    assert parted.metric.read() == whole.metric.read()
+
+
+@pytest.mark.parametrize(("size", "parts"), [(24, 4), (9, 4), (7, 3), (3, 1), (2, 1)])
+def test_a_part_has_at_least_two_images(size, parts):
+    step = make(accumulate=4)
+    sizes = []
+    step.learner.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0].target)))
+    (batch,) = batches(step, 1, size)
+    step(batch, epoch=0, step=0)
+    assert len(sizes) == parts
+    assert sum(sizes) == size
+    assert max(sizes) - min(sizes) <= 1
+    norm = step.learner.get_submodule("method.fusion.depthwise_norm")
+    assert norm.num_batches_tracked == parts
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("nan", ["raise", "skip"])
+def test_clipping_bounds_the_norm_of_all_gradients(amp, nan):
+    free, loose, tight = (make(amp=amp, nan=nan, clip_norm=clip) for clip in (1e-30, 1e30, 0.25))
+    (batch,) = batches(free, 1)
+    seen = [gradients(step) for step in (free, loose, tight)]
+    for step in (free, loose, tight):
+        step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 16.0} if amp == "fp16" else {})
+        step(batch, epoch=0, step=0)
+    norms = [torch.stack([g.norm() for g in each.values()]).norm() for each in seen]
+    assert norms[0] < 1e-29
+    assert norms[1] > 0.5
+    torch.testing.assert_close(norms[2], torch.tensor(0.25), rtol=1e-4, atol=0)
+    for name, gradient in seen[1].items():
+        torch.testing.assert_close(seen[2][name], gradient * (0.25 / norms[1]), rtol=1e-3, atol=1e-7)
+
+
+def test_a_scaled_loss_gives_the_same_gradients():
+    steps = [make(amp="fp16") for _ in range(2)]
+    (batch,) = batches(steps[0], 1)
+    for step, scale in zip(steps, (1.0, 64.0), strict=True):
+        step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": scale})
+        step(batch, epoch=0, step=0)
+    # What moves the weights is what the optimizer kept: its gradient plus weight decay.
+    left, right = (optimizer_tensors(step.optimizer, step.learner) for step in steps)
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_an_overflow_halves_the_scale_and_leaves_weights_and_momentum_alone(clip_norm):
+    step = make(amp="fp16", clip_norm=clip_norm)
+    some = batches(step, 3)
+    step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 16.0})
+    step(some[0], epoch=0, step=0)
+    weights, momentum = list(step.learner.parameters()), optimizer_tensors(step.optimizer, step.learner).values()
+    before = bits([*weights, *momentum])
+    step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
+    step(some[1], epoch=0, step=1)
+    assert same_bits(bits([*weights, *momentum]), before)
+    assert step.scaler.get_scale() == pytest.approx(5e37)
+    step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 16.0})
+    step(some[2], epoch=0, step=2)
+    assert not same_bits(bits([*weights, *momentum]), before)
+    assert all(t.isfinite().all() for t in weights)
+
+
+def test_images_come_in_the_layers_dtype_and_order():
+    seen = []
+    for options in ({}, {"amp": "bf16", "channels_last": True}, {"amp": "bf16", "mixup": 0.2, "channels_last": True}):
+        step = make(**options)
+        step.learner.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].images))
+        step(batches(step, 1)[0], epoch=0, step=0)
+    assert [x.dtype for x in seen] == [torch.float32, torch.bfloat16, torch.float32]
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [False, True, True]
+    assert torch.equal(seen[1], seen[0].bfloat16())
+
+
+def test_a_step_that_fails_leaves_no_gradient_behind():
+    step = make(nan="skip")
+    (batch,) = batches(step, 1)
+
+    def fail(*_):
+        raise RuntimeError("no more")
+
+    handle = step.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        step(batch, epoch=0, step=0)
+    handle.remove()
+    assert all(p.grad is None for p in step.learner.parameters())
+    assert not hasattr(step.optimizer, "found_inf")
+
+
+# ---- where batches come from
+
+
+def test_inputs_may_be_places_in_a_set_on_the_device():
+    plain = make()
+    some = batches(plain, 3)
+    whole = Batch(*(torch.cat(parts) for parts in zip(*some, strict=True)))
+    gathering = make(batch_of=lambda places: Batch(*(part.index_select(0, places) for part in whole)))
+    gathering.use(execution.create("graph", gathering.learner, CPU))
+    for k, batch in enumerate(some):
+        plain(batch, epoch=0, step=k)
+        gathering(torch.arange(24 * k, 24 * (k + 1)), epoch=0, step=k)
+    assert same_bits(bits(plain.changing()), bits(gathering.changing()))
+
+
+def test_epoch_and_step_reach_augmentation_and_mixing():
+    seen = []
+    step = make(mixup=0.2)
+    step.learner.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    (batch,) = batches(step, 1)
+    for epoch, k in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        step(batch, epoch=epoch, step=k)
+    assert not torch.equal(seen[0].target, seen[1].target)
+    assert not torch.equal(seen[0].images, seen[2].images)
+    assert torch.equal(seen[0].images, seen[3].images)
+    assert torch.equal(seen[0].target, seen[3].target)
+    assert step.metric.read() == {}
+
+
+# ---- several processes, one of which is here
+
+
+def test_the_leading_row_serves_mixing_and_is_dropped():
+    whole, second = make(mixup=0.5), make(mixup=0.5, processes=Alone(1, 2))
+    (batch,) = batches(whole, 1)
+    seen = []
+    for step in (whole, second):
+        step.learner.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    whole(batch, epoch=0, step=4)
+    output = second(rows(batch, 11, 24), epoch=0, step=4, images=24, lead=1)
+    for part, all_rows in zip(seen[1], seen[0], strict=True):
+        assert torch.equal(part, all_rows[12:])
+    assert len(output.logits["fused"]) == 12
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_mean_of_the_processes_gradients_is_the_batches(accumulate):
+    """Shares of unequal size; norms that do not look at the batch."""
+    size, cut = 24, 9
+    settings = {"dtype": torch.float64, "prepare": freeze_norms, "accumulate": accumulate}
+    whole = make(**settings)
+    (batch,) = batches(whole, 1, size)
+    shares = [make(**settings, processes=Alone(rank, 2)) for rank in range(2)]
+    seen = [gradients(step) for step in (whole, *shares)]
+    whole(batch, epoch=0, step=0)
+    for step, part in zip(shares, (rows(batch, 0, cut), rows(batch, cut, size)), strict=True):
+        step(part, epoch=0, step=0, images=size)
+    for name, gradient in seen[0].items():
+        torch.testing.assert_close((seen[1][name] + seen[2][name]) / 2, gradient, rtol=1e-9, atol=1e-12)
+    means = [step.losses.state() for step in (whole, *shares)]
+    assert means[1]["images"] + means[2]["images"] == means[0]["images"] == size
+    assert means[1]["sums"][0] + means[2]["sums"][0] == pytest.approx(means[0]["sums"][0], rel=1e-5)
+
+
+def test_a_share_without_an_image_takes_part_and_moves_no_statistics():
+    step = make(processes=Alone(1, 2), weight_decay=0.0, options={"fusion_weight_decay": 0.0})
+    (batch,) = batches(step, 1)
+    seen = gradients(step)
+    buffers, weights = bits(step.learner.buffers()), bits(step.learner.parameters())
+    output = step(rows(batch, 0, 0), epoch=0, step=0, images=3)
+    assert output.loss == 0
+    assert seen.keys() == dict(step.learner.named_parameters()).keys()  # DDP waits for each
+    assert not any(gradient.any() for gradient in seen.values())
+    assert same_bits(bits(step.learner.buffers()), buffers)
+    assert same_bits(bits(step.learner.parameters()), weights)
+    assert all(module.training for module in step.learner.modules())
+    assert step.losses.state()["images"] == 0
+    assert step.metric.read() == {}
+
+
+def test_norms_that_are_synchronised_train_on_no_image_too():
+    """They take statistics of all processes, so that each has to take part."""
+    step = make(processes=Alone(1, 2))
+    fusion, seen = step.learner.get_submodule("method.fusion"), []
+    fusion.sync_batch_norm = True
+    step = type(step)(step.learner, step.task, step.table, step.config, CPU, processes=step.processes)
+    step.learner.register_forward_pre_hook(
+        lambda module, arguments: seen.append({n: m.training for n, m in module.named_modules()})
+    )
+    (batch,) = batches(step, 1)
+    with suppress(ValueError):  # no process is here that has images
+        step(rows(batch, 0, 0), epoch=0, step=0, images=3)
+    frozen = {name for name, training in seen[0].items() if not training}
+    norms = {name for name, m in step.learner.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert frozen == {name for name in norms if not name.startswith("method.fusion.")}
+    assert all(module.training for module in step.learner.modules())
+
+
+class _Wrapped(Processes):
+    """Two processes for the step; the group that DDP reduces over has this one alone."""
+
+    count = 2
+
+    def wrap(self, learner):
+        return nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@pytest.fixture
+def group():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.broadcast_buffers")
+def test_ddp_reduces_once_a_step_and_a_new_plan_wraps_anew(group):
+    plain, wrapped = make(accumulate=3), make(accumulate=3, processes=_Wrapped())
+    some = batches(plain, 4)
+    reductions = []
+
+    def count(state, bucket):
+        reductions.append(bucket.index())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    for k, batch in enumerate(some):
+        if k % 2 == 0:
+            old = weakref.ref(wrapped._model)
+            wrapped.use(execution.create("streams" if k else "serial", wrapped.learner, CPU))
+            assert old() is None
+            wrapped._model.register_comm_hook(None, count)
+        plain(batch, epoch=0, step=k)
+        wrapped(batch, epoch=0, step=k, images=2 * len(batch.target))
+        assert len(reductions) == len(set(reductions)) >= 1
+        reductions.clear()
+    assert same_bits(bits(plain.learner.state_dict().values()), bits(wrapped.learner.state_dict().values()))
+
+
+def test_build_optimizer_stands_alone():
+    step = make()
+    optimizer = build_optimizer(step.learner, step.config)
+    assert optimizer.param_groups[0]["lr"] == step.config.lr
