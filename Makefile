@@ -1,7 +1,9 @@
 # make demo   train FFL on real digits, from nothing but Python ≥ 3.10
 # make test   the whole test suite, with its own set-up
 # make lint   ruff and mypy alone
-# make bench  the operators' benchmarks on this machine, and what share of a training step they are
+# make bench  the operators' benchmarks on this machine, what share of a training step they are, and how fast it trains
+# make paper  train the published CIFAR-100 runs and write their table (DATA_DIR=D with cifar-100-binary in it); goes on
+#             where it was interrupted
 # make gpu    on a machine with a GPU: build, tests, race and memory checks, benchmarks; results go to $OUT
 #             (STAGES=build,doctor,… for some of it, MINUTES=9.5 where a machine is lent for ten)
 # make clean  the virtual environments and what they left
@@ -21,7 +23,7 @@ KERNEL_TESTS := test_distill_loss.py test_distill_loss_rows.py test_fusion_stage
 PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint wheel bare oldest bench gpu clean
+.PHONY: demo test lint wheel bare oldest bench paper gpu clean
 
 $(VENV)/base: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fflfast needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; say make PYTHON=python3.11")'
@@ -84,6 +86,11 @@ bench: $(VENV)/dev
 	$(VENV)/bin/python -m benchmarks.loss
 	$(VENV)/bin/python -m benchmarks.fusion
 	$(VENV)/bin/python -m benchmarks.step_share
+	$(VENV)/bin/python -m benchmarks.train
+	$(VENV)/bin/python -m benchmarks.train.alternatives
+
+paper: $(VENV)/dev
+	$(VENV)/bin/python -m benchmarks.paper $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(OUT),--out $(OUT)) \

@@ -50,13 +50,8 @@ def run_study(study: str, runs: Path, data_dir: str | None) -> tuple[list[dict[s
             checkpoint_every=200,
             **settings,
         )
-        if not (folder / "summary.json").exists():
-            train(config)
-            (folder / "provenance.txt").write_text(provenance() + "\n", encoding="utf-8")
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        if summary["config_hash"] != resolve(config).config.hash():
-            sys.exit(f"{folder} was trained with other settings than {study} has now; remove it to train it anew")
-        made_with.add((folder / "provenance.txt").read_text(encoding="utf-8").strip())
+        summary, made = finished(config, folder)
+        made_with.add(made)
         scores = summary["scores"] | {f"{arch} alone": score for arch, score in summary["baseline"].items()}
         for output, score in scores.items():
             rows.append(
@@ -71,6 +66,19 @@ def run_study(study: str, runs: Path, data_dir: str | None) -> tuple[list[dict[s
                 }
             )
     return rows, made_with
+
+
+def finished(config: TrainConfig, folder: Path) -> tuple[dict[str, Any], str]:
+    """Train a run that is missing in its folder, or go on where it stopped; its summary, and what it was made with."""
+    if not (folder / "summary.json").exists():
+        train(config)
+    made_with = folder / "provenance.txt"
+    if not made_with.exists():
+        made_with.write_text(provenance() + "\n", encoding="utf-8")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if summary["config_hash"] != resolve(config).config.hash():
+        sys.exit(f"{folder} was trained with other settings than are asked for now; remove it to train it anew")
+    return summary, made_with.read_text(encoding="utf-8").strip()
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -3,14 +3,16 @@
     python benchmarks/gpu.py [--out FOLDER] [--stages build,doctor,…] [--minutes 30]
 
 The stages: build, doctor; of the loss tests, memcheck, racecheck, bench; of the fusion the same as fusion-tests,
-fusion-memcheck, fusion-racecheck, fusion-bench; step-share, what both take of a whole training step. With a machine for
-ten minutes at a time, run them in two calls: --minutes 9.5 and half of the stages each.
+fusion-memcheck, fusion-racecheck, fusion-bench; step-share, what both take of a whole training step; of the execution
+plans and the trainer execution-tests, train and alternatives. With a machine for ten minutes at a time, run them in
+three calls: --minutes 9.5 and a third of the stages each.
 
 Needs torch and numpy, pytest for the tests, and nvcc where the CUDA library is not built yet; no network, and fflfast
 need not be installed. Each stage has a time limit, and one that fails does not stop the next. The folder of the results
 (default: $OUT, else benchmarks/results/DEVICE) gets gpu.log with all output, gpu.md with the outcome of each stage,
-doctor.txt, and the files of `benchmarks.loss`, `benchmarks.fusion` (fusion.md ends with each target, met or missed, and
-by how much) and `benchmarks.step_share`. Exit code 0 when every stage passed.
+doctor.txt, and the files of `benchmarks.loss`, `benchmarks.fusion` (fusion.md ends with each target, met or missed,
+and by how much), `benchmarks.step_share`, `benchmarks.train` and `benchmarks.train.alternatives`. Exit code 0 when
+every stage passed.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ FUSION_TESTS = (
     "test_fusion_composition.py",
     "test_fuse_features.py",
 )
+# Whatever needs a GPU for the trainer: plans against serial, races, host synchronisation, prefetching.
+EXECUTION_TESTS = tuple(sorted(path.name for path in (ROOT / "tests").glob("test_gpu_*.py")))
 PYTHON = [sys.executable, "-u"]
 
 
@@ -168,6 +172,20 @@ def _benchmark(name: str, limit: float) -> Stage:
     return bench
 
 
+_TRAINING = "import jsonargparse, rich, safetensors, torchvision, yaml"
+
+
+def _trained(name: str, limit: float) -> Stage:
+    """A benchmark that needs what the extra [train] installs."""
+
+    def bench(run: Run) -> str:
+        if run.command(_python(_TRAINING), 60) != "passed":
+            return "skipped: training needs pip install 'fflfast[train]'"
+        return _benchmark(name, limit)(run)
+
+    return bench
+
+
 STAGES: dict[str, Stage] = {
     "build": build,
     "doctor": doctor,
@@ -180,6 +198,9 @@ STAGES: dict[str, Stage] = {
     "bench": _benchmark("loss", 280),
     "fusion-bench": _benchmark("fusion", 500),
     "step-share": _benchmark("step_share", 120),
+    "execution-tests": _tests(EXECUTION_TESTS, 300),
+    "train": _trained("train", 560),
+    "alternatives": _trained("train.alternatives", 150),
 }
 
 

@@ -195,7 +195,8 @@ def test_sanitize_tells_a_result_that_is_not_finite(monkeypatch, capsys):
 
 def test_every_stage_of_make_gpu_names_what_is_there():
     gpu = module("gpu")
-    for name in (*gpu.LOSS_TESTS, *gpu.FUSION_TESTS):
+    for name in (*gpu.LOSS_TESTS, *gpu.FUSION_TESTS, *gpu.EXECUTION_TESTS):
         assert (ROOT / "tests" / name).exists(), name
-    for name in ("loss", "fusion", "step_share"):
+    assert "test_gpu_execution.py" in gpu.EXECUTION_TESTS
+    for name in ("loss", "fusion", "step_share", "train.__main__", "train.alternatives"):
         assert callable(module(name).main)

@@ -22,7 +22,7 @@ from ..training.build import build_learner, open_bundle
 from ..training.config import ConfigError, ResolvedConfig
 from ..training.feeding import Feed, training_feed
 from ..training.processes import SINGLE
-from ..training.run import _arithmetic
+from ..training.run import arithmetic
 from ..training.step import TrainStep
 from .figures import PeakMemory, count_launches
 from .floor import Floor
@@ -160,7 +160,7 @@ def opened(job: Job) -> Iterator[Subject]:
         return
     if device.type == "cpu":
         keep_memory()
-    with _arithmetic(config):
+    with arithmetic(config):
         yield _ours(job.variant, config, data, classes, count, device)
 
 

@@ -34,7 +34,7 @@ from .report import Reporter, score_table
 from .resume import check_data, find_snapshot, has_checkpoint, load, resume
 from .signals import Stopped, StopSignal
 
-__all__ = ["RunResult", "train"]
+__all__ = ["RunResult", "arithmetic", "train"]
 
 
 _ABORTED_START = frozenset(
@@ -87,7 +87,7 @@ def _train(config: TrainConfig, reporter: Reporter, stop: StopSignal, processes:
     if config.download and processes.count > 1:
         processes.only_main(lambda: open_bundle(config) and None)  # the others find the files there
     resolved, data, notes = processes.together(lambda: _open(config, snapshot, processes))
-    with _arithmetic(resolved):
+    with arithmetic(resolved):
         learner = processes.together(
             lambda: build_learner(resolved, data.num_classes, start=snapshot is None, tell=notes.append)
         )
@@ -227,7 +227,7 @@ def _check_baseline(config: ResolvedConfig) -> None:
 
 
 @contextlib.contextmanager
-def _arithmetic(config: ResolvedConfig) -> Iterator[None]:
+def arithmetic(config: ResolvedConfig) -> Iterator[None]:
     """Choose the algorithms of a run; the caller's own choice is back afterwards."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
