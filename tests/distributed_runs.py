@@ -28,10 +28,10 @@ from fflfast.training.step import TrainStep
 
 Disturbance = Callable[[], None]
 
-NOISY = {"method": "training_runs:Noisy", "checkpoint_every": 2, "epochs": 2}
+NOISY = {"method": "training_runs:Noisy", "checkpoint_every": 2, "epochs": 2, "device": "cpu"}
 """Ten steps, with dropout, so that each depends on the generators of both processes."""
 
-UNEVEN = {"limit_train": 95, "batch_size": 23, "log_every": 1, "seed": 3, "epochs": 2}
+UNEVEN = {"limit_train": 95, "batch_size": 23, "log_every": 1, "seed": 3, "epochs": 2, "device": "cpu"}
 """Shares of 12 and 11 images, and 3 images in the last batch, which leave nothing to the second process."""
 
 FROZEN = {
@@ -48,17 +48,18 @@ Parts of a step are other images with another number of processes, so that there
 
 
 def rank() -> int:
-    return int(os.environ["RANK"])
+    return int(os.environ.get("RANK", 0))
 
 
-def frozen(name: str) -> Callable[[], None]:
+def frozen(name: str, **changes) -> Callable[[], None]:
     """A run with norms in eval mode and small test batches: 13, 13, 13, 13 and 8 images."""
-    module, changes = FROZEN[name]
+    module, settings = FROZEN[name]
 
     def action():
         module.train = lambda self, mode=True: nn.Module.train(self, False)
         feeding.TEST_BATCH_SIZE = 13
-        train(small(Path(f"{name}-{os.environ['WORLD_SIZE']}"), **changes), quiet=True)
+        folder = Path(f"{name}-{os.environ.get('WORLD_SIZE', 1)}")
+        train(small(folder, **{**settings, **changes}), quiet=True)
 
     return action
 
@@ -200,6 +201,7 @@ GOOD = {
     "synchronised": noisy("synchronised", sync_buffers="step"),
     "skip": noisy("skip", poison(3), suspect(8), nan="skip"),
     "rollback": noisy("rollback", poison(8), nan="rollback"),
+    "baseline": noisy("baseline", baseline=True, epochs=1),
 }
 
 
@@ -232,4 +234,9 @@ def drive() -> None:
 _stop_single = on(0, TrainStep, "__call__", 7, terminate)
 
 if __name__ == "__main__":
-    noisy(sys.argv[1], KILLED["in-training"])()
+    kind, folder, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    if kind == "frozen":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        frozen(folder, **changes)()
+    else:
+        noisy(folder, *([KILLED["in-training"]] if kind == "killed" else []), **changes)()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -15,12 +16,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+_MOST_SECONDS = 100
+
 
 def fork_all(actions: Mapping[str, Callable[[], object]], *, count: int = 2, at_once: int = 5) -> None:
     """Run each action in ``count`` processes of one group; write how they ended to ends.json in the working folder.
 
     For each action: exit codes by rank (negative: the signal), and by rank the seconds from the first end of a process
-    to its own. What process R prints comes into NAME-R.out and NAME-R.err.
+    to its own. What process R prints comes into NAME-R.out and NAME-R.err. A process that hangs is ended by SIGALRM.
     """
     waiting, running, ends = list(actions), {}, {}
     while waiting or running:
@@ -54,6 +57,7 @@ def _fork(name: str, action: Callable[[], object], rank: int, count: int, port: 
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    signal.alarm(_MOST_SECONDS)
     code = 1
     try:
         action()

@@ -263,7 +263,7 @@ def test_the_device_is_idle_at_both_ends_of_a_round(monkeypatch):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ([], {}, "0 batches"),
+        ([], {"candidates": ALL}, "0 batches"),
         (None, {"steps": 0}, "0 steps"),
         (None, {"candidates": [("serial", "not wanted")]}, "0 plans"),
     ],

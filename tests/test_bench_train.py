@@ -247,3 +247,13 @@ def test_a_job_that_cannot_be_built_says_why():
 def test_reports_of_nothing():
     result = Result(resolved(), CPU, 1, refused={"naive": "no"})
     assert "naive not measured: no" in report.markdown(result)
+
+
+def test_an_interrupt_is_the_parents_alone():
+    before = signal.getsignal(signal.SIGINT)
+    with workers.started(Job(Variant("naive"), resolved(), None, 1)) as worker:
+        assert signal.getsignal(signal.SIGINT) is before
+        os.kill(worker._process.pid, signal.SIGINT)  # while it imports
+        worker.wait()
+        os.kill(worker._process.pid, signal.SIGINT)
+        assert worker.ask("block", 1) > 0

@@ -313,7 +313,7 @@ def ends(tmp_path_factory):
     """Folder and record of all groups of two processes."""
     folder = tmp_path_factory.mktemp("ends")
     process = start_python("-c", "import test_processes; test_processes.drive()", cwd=folder)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     assert process.returncode == 0, out + err
     return folder, json.loads((folder / "ends.json").read_text(encoding="utf-8"))
 

@@ -76,7 +76,7 @@ def check_types(config: Config, method_options: type) -> Config:
 
     ``method_options``, the options class of a method, says the same of ``options``. ConfigError for another type.
     """
-    given = {key: value for key, value in config.to_dict().items() if value is not None}
+    given = {key: value for key, value in config.to_dict().items() if value is not None and value != {}}
     if not isinstance(given.get("options", {}), Mapping):
         raise ConfigError(f"--options: expected {_OPTIONS}, got {shorten(given['options'])}")
     parsed = _parse(build_parser(method_options), given).as_dict()

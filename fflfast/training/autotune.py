@@ -80,7 +80,7 @@ def choose(
 
     Args:
         take_step: of the run, in training mode.
-        batches: inputs of full batches, used in turn.
+        batches: inputs of full batches, used in turn; may be empty where only one plan is offered.
         candidates: names, the simplest plan first, each with why it is left out or None; default: what
             `fflfast.execution.offered` says.
         steps: timed for each plan.
@@ -89,7 +89,7 @@ def choose(
         clock: seconds.
 
     Raises:
-        ValueError: no batch, fewer than one step, or no candidate that may be chosen.
+        ValueError: no batch to time plans on, fewer than one step, or no candidate that may be chosen.
         Exception: whatever the last plan raised, if none could run.
     """
     processes = take_step.processes
@@ -97,7 +97,7 @@ def choose(
         candidates = offered(take_step.device, processes=processes.count, backend=processes.backend)
     reasons = dict(candidates)
     names = [name for name, reason in candidates if reason is None]
-    if not batches or steps < 1 or not names:
+    if steps < 1 or not names or (len(names) > 1 and not batches):
         raise ValueError(f"choose: got {len(batches)} batches, {steps} steps and {len(names)} plans that may be chosen")
     trial = _Trial(take_step, batches, max(1, steps // _ROUNDS), images, lead, clock)
     rounds: dict[str, list[float]] = {name: [] for name in names}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from ..data import Batch, Loader, ResidentLoader, Split, prefetch, resident_bytes
 from .config import ConfigError, ResolvedConfig
@@ -37,6 +38,13 @@ class Feed:
         """Yield what `batch` makes a batch of, on the device: batches, or places in a set that lies there."""
         inputs = self.loader.inputs(epoch, start_step)
         return inputs if self.resident else prefetch(inputs, self.device)
+
+    def sample(self, most: int) -> list[Any]:
+        """Return copies of the first inputs, those of batches as large as the very first: ``most`` at most."""
+        loader = self.loader
+        alike = sum(loader.images(step) == loader.images(0) for step in range(min(len(loader), most)))
+        # Copies, since a batch holds only until the next one is asked for.
+        return [tree_map(torch.clone, inputs) for _, inputs in zip(range(alike), self.inputs(0), strict=False)]
 
     @property
     def batch(self) -> Callable[[Any], Batch]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map
 
 from .. import execution
 from ..cohort import Learner
@@ -146,18 +145,23 @@ class Trainer:
 
     def _choose_plan(self) -> None:
         """Time the plans that the device offers, take the fastest and note in the run's folder why."""
-        loader = self.loader
-        images = loader.images(0)
-        alike = sum(loader.images(step) == images for step in range(min(len(loader), _TRIAL_BATCHES)))
-        # Copies, since a batch holds only until the next one is asked for.
-        some = [tree_map(torch.clone, inputs) for _, inputs in zip(range(alike), self.feed.inputs(0), strict=False)]
-        choice = choose(self.take_step, some, images=images, lead=int(loader.lead), tell=lambda table: None)
+        processes = self.processes
+        candidates = execution.offered(self.device, processes=processes.count, backend=processes.backend)
+        several = sum(reason is None for _, reason in candidates) > 1
+        choice = choose(
+            self.take_step,
+            self.feed.sample(_TRIAL_BATCHES if several else 0),
+            candidates=candidates,
+            images=self.loader.images(0),
+            lead=int(self.loader.lead),
+            tell=lambda table: None,
+        )
         self.plan_name = choice.name
         if any(timing.milliseconds for timing in choice.timings):
             self.reporter.console.print(choice_table(choice))
         else:
             self.reporter.line(f"plan {choice.name}: {choice.why}", style="dim")
-        if self.processes.main:
+        if processes.main:
             text = json.dumps({"plan": choice.name, "timings": [t._asdict() for t in choice.timings]}, indent=2)
             (self.folder / PLAN_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -191,14 +195,9 @@ class Trainer:
         """Return learning rate and λ of a step, counted over the whole run."""
         config = self.config
         factor = learning_rate_factor(
-            config.schedule,
-            step,
-            len(self.loader),
-            epochs=config.epochs,
-            milestones=config.milestones,
-            gamma=config.gamma,
-            warmup_epochs=config.warmup_epochs,
-        )
+            config.schedule, step, len(self.loader), epochs=config.epochs, milestones=config.milestones,
+            gamma=config.gamma, warmup_epochs=config.warmup_epochs,
+        )  # fmt: skip
         ramp = ramp_up(step // len(self.loader), config.options["ramp_up_epochs"])
         return config.lr * factor, config.options["kl_weight"] * ramp
 

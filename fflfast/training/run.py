@@ -21,7 +21,7 @@ import fflfast
 from .. import methods
 from ..cohort import Learner
 from ..data import DataBundle
-from ..execution import refusal
+from ..execution import offered, refusal
 from ..tasks import Score
 from . import processes
 from .allocator import keep_memory
@@ -118,15 +118,19 @@ def _open(config: TrainConfig, snapshot: Snapshot | None, processes: Processes) 
         settings = resume(config, snapshot)
         resolved = Resolved(settings, open_bundle(settings), [])
         check_data(snapshot, settings, resolved.data)
-    _check_plan(resolved.config, processes)
+    resolved.notes.extend(_check_plan(resolved.config, processes))
     return resolved
 
 
-def _check_plan(config: ResolvedConfig, processes: Processes) -> None:
+def _check_plan(config: ResolvedConfig, processes: Processes) -> list[str]:
+    """Return what the user should know of the plan that the config names; ConfigError where it cannot run."""
     if config.plan != "auto":
         reason = refusal(config.plan, config.device, processes=processes.count, backend=processes.backend)
         if reason:
             raise ConfigError(f"--plan {config.plan}: {reason}; take --plan serial, or auto")
+        idle = dict(offered(config.device, processes=processes.count, backend=processes.backend))[config.plan]
+        return [f"plan {config.plan}: {idle}"] if idle else []
+    return []
 
 
 def _run(

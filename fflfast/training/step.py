@@ -113,8 +113,8 @@ class TrainStep:
         self.plan.close()
         self.plan = plan
         if self.processes.count > 1:
-            # A plan says on which stream gradients are reduced, which is fixed when the learner is wrapped. The old
-            # wrapper has to be gone by then: while it lives, its hooks reduce the gradients too.
+            # A plan says on which stream gradients are accumulated, which is fixed when the learner is wrapped. The old
+            # wrapper has to be gone by then, since it keeps the nodes that know its stream.
             self._model = self.learner
             gc.collect()
             self._model = self._wrap()
