@@ -91,6 +91,8 @@ def resolve(config: TrainConfig, processes: Processes = SINGLE) -> Resolved:
         values[key] = absolute(values[key])
     device = select_device(config.device)
     values |= {"image_size": data.image_size, "device": str(device), "amp": _select_amp(config.amp, device)}
+    if config.channels_last is None:
+        values["channels_last"] = device.type == "cpu" or (device.type == "cuda" and values["amp"] != "off")
     resolved = ResolvedConfig(**values)
     check_ranges(resolved)
     if processes.count * 2 > resolved.batch_size:

@@ -66,7 +66,8 @@ class TrainConfig:
         seed: seed of weights, data order and augmentation
         device: auto, cpu, cuda, cuda:N or mps
         amp: mixed precision of the training step; auto = bf16 on CUDA devices that have it, else off
-        channels_last: keep weights and images in channels-last memory order
+        channels_last: keep weights and images in channels-last memory order (default: on a CPU, and on a CUDA device
+            under mixed precision)
         compile: compile each sub-network with torch.compile
         plan: how a step runs: serial, streams (sub-networks side by side), graph (the whole step as one CUDA graph), or
             auto, which times those that the device offers and keeps the fastest
@@ -123,7 +124,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    channels_last: bool = False
+    channels_last: bool | None = None
     compile: bool = False
     plan: Literal["auto", "serial", "streams", "graph"] = "auto"
     deterministic: bool = False
@@ -188,6 +189,7 @@ class ResolvedConfig(TrainConfig):
     image_size: int
     arch: list[str]
     options: Mapping[str, Any]
+    channels_last: bool
     trunk: str
     epochs: int
     batch_size: int
@@ -209,7 +211,7 @@ class ResolvedConfig(TrainConfig):
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 
-RECIPE_FIELDS = tuple(list(ResolvedConfig.__annotations__)[4:])
+RECIPE_FIELDS = tuple(list(ResolvedConfig.__annotations__)[5:])
 """Fields whose None means: as the recipe says (trunk to flip)."""
 
 MAY_CHANGE = frozenset(

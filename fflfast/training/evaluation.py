@@ -83,7 +83,10 @@ def evaluate(
     _check_path(path, weights)
     if _is_run(path):
         config, learner, facts = load_run(path, weights=weights)
-        predict: Callable[[Tensor], Mapping[str, Tensor]] = learner.to(where).eval().predict
+        learner.to(where).eval()
+        if config.channels_last:  # in the order in which the run tested it, for the same last bits
+            learner.to(memory_format=torch.channels_last)
+        predict: Callable[[Tensor], Mapping[str, Tensor]] = learner.predict
         data_dir = data_dir or (config.data_dir if data in (None, config.data) else None)
     else:
         try:
