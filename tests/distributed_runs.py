@@ -36,7 +36,7 @@ UNEVEN = {"limit_train": 95, "batch_size": 23, "log_every": 1, "seed": 3, "epoch
 
 FROZEN = {
     "plain": (Cohort, UNEVEN),
-    "mixed": (Cohort, {**UNEVEN, "mixup": 0.4, "cutmix": 1.0}),
+    "mixed": (Cohort, {**UNEVEN, "mixup": 0.4, "cutmix": 1.0, "channels_last": False}),
     "streamed": (Cohort, {**UNEVEN, "channels_last": True, "data_on": "host", "workers": 1}),
     "clipped": (Cohort, {**UNEVEN, "clip_norm": 0.5, "nan": "skip", "ema": 0.9}),
     "parts": (Learner, {**UNEVEN, "accumulate": 2}),

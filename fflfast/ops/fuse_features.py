@@ -200,6 +200,15 @@ class _FuseFeatures(torch.autograd.Function):
         return None, *Gradients.of(gradients).split(needs)
 
 
+def _strides_as(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Give dimensions of one element the strides that the weight has for them; the memory is the same.
+
+    Autograd copies, and DistributedDataParallel warns of, gradients whose strides are not those of their parameter.
+    """
+    same = weight.is_contiguous() and gradient.is_contiguous() and gradient.shape == weight.shape
+    return gradient.as_strided(weight.shape, weight.stride()) if same else gradient
+
+
 class _Gradient(torch.autograd.Function):
     """The gradients as a function of their own, so that a second derivative can say that it does not exist."""
 
@@ -213,6 +222,8 @@ class _Gradient(torch.autograd.Function):
         )
         with no_autocast(grad.device.type):
             *gradients, maps = fusion_stages.backward(functions, grad, *_split(leaves), one, two, saved, needs)
+        for place, weight in ((0, leaves[0]), (2, leaves[3])):
+            gradients[place] = _strides_as(gradients[place], weight)
         return (*gradients, *maps)
 
     @staticmethod
