@@ -287,14 +287,14 @@ def lopsided(p):
 LOST = "process {0} of 2 on {1} is lost"
 ENDS = {
     # name: (action, exit codes, the survivor, what it says, the most seconds that it takes)
-    "collective": (killed_in_collective, [1, -9], 0, LOST.format(1, "{0}"), 5),
-    "backward": (killed_in_backward, [1, -9], 0, LOST.format(1, "{0}"), 5),
-    "busy": (killed_while_the_other_is_busy, [1, -9], 0, LOST.format(1, "{0}") + ": no sign of life for 2 s", 6),
-    "store": (killed_who_keeps_the_store, [-9, 1], 1, "process 0 of 2 on {0}, which keeps the store of the", 5),
-    "agree": (killed_while_a_signal_is_agreed_on, [-9, 1], 1, "process 0 of 2 on {0}", 5),
-    "failed": (failed_while_the_other_is_busy, [1, 1], 0, "process 1 of 2 on {0} failed with OSError: disk full", 5),
-    "failed-0": (failed_with_nobody_waiting, [1, 1], 1, "process 0 of 2 on {0} failed with OSError: disk full", 5),
-    "lopsided": (lopsided, [1, 0], 0, "process 1 of 2 on {0} left the run before its end", 5),
+    "collective": (killed_in_collective, [1, -9], 0, LOST.format(1, "{0}"), 15),
+    "backward": (killed_in_backward, [1, -9], 0, LOST.format(1, "{0}"), 15),
+    "busy": (killed_while_the_other_is_busy, [1, -9], 0, LOST.format(1, "{0}") + ": no sign of life for 2 s", 15),
+    "store": (killed_who_keeps_the_store, [-9, 1], 1, "process 0 of 2 on {0}, which keeps the store of the", 15),
+    "agree": (killed_while_a_signal_is_agreed_on, [-9, 1], 1, "process 0 of 2 on {0}", 15),
+    "failed": (failed_while_the_other_is_busy, [1, 1], 0, "process 1 of 2 on {0} failed with OSError: disk full", 15),
+    "failed-0": (failed_with_nobody_waiting, [1, 1], 1, "process 0 of 2 on {0} failed with OSError: disk full", 15),
+    "lopsided": (lopsided, [1, 0], 0, "process 1 of 2 on {0} left the run before its end", 15),
 }
 OTHERS = {"busy-for-long": (busy_for_long, [0, 0]), "stopped": (stopped, [143, 143]), "left": (left_behind, [0, 1])}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from datetime import timedelta
 
 import pytest
 import torch
@@ -201,39 +203,47 @@ def test_an_error_of_the_run_is_no_fault_of_a_plan(monkeypatch):
 
 
 class Two(Processes):
-    """Process ``rank`` of two, with what the other one says and what process 0 tells."""
+    """Process ``rank`` of two; ``other`` is what the other reports of each trial, None where it is silent."""
 
     count = 2
     backend = "cpu:gloo,cuda:nccl"
 
-    def __init__(self, rank, other=None, told=None) -> None:
-        self.rank, self.other, self.told = rank, iter(other or ()), iter(told or ())
+    def __init__(self, rank, other) -> None:
+        self.rank, self.other, self.patience = rank, iter(other), []
 
-    def gather(self, value):
-        return [value, next(self.other)] if self.rank == 0 else None
-
-    def broadcast(self, value):
-        return value if self.rank == 0 else next(self.told)
+    def survey(self, report, patience=None):
+        self.patience.append(patience)
+        other = next(self.other)
+        if other is None:
+            return None
+        return [report, json.dumps(other)] if self.rank == 0 else [json.dumps(other), report]
 
 
 def test_the_slowest_process_counts_and_all_choose_the_same():
     tables = []
-    times = [(4.0, None), (3.0, None), (20.0, None)] * 3
-    choice = chosen(processes=Two(0, other=times), serial=10.0, streams=1.0, graph=1.0, tell=tables.append)
-    assert [round(timing.milliseconds, 9) for timing in choice.timings] == [10.0, 3.0, 20.0]
-    assert choice.name == "streams"
-    assert len(tables) == 1
-    told = [(10.0, None), (3.0, None), (20.0, None)] * 3
-    second = chosen(processes=Two(1, told=told), serial=1.0, streams=9.0, graph=1.0, tell=tables.append)
-    assert second.name == "streams"
+    here, there = {"serial": 10.0, "streams": 1.0, "graph": 1.0}, {"serial": 4.0, "streams": 3.0, "graph": 20.0}
+    for rank, mine, others in ((0, here, there), (1, there, here)):
+        other = [(milliseconds, None) for milliseconds in others.values()] * 3
+        choice = chosen(processes=Two(rank, other), **mine, tell=tables.append)
+        assert [round(timing.milliseconds, 9) for timing in choice.timings] == [10.0, 3.0, 20.0]
+        assert choice.name == "streams"
     assert len(tables) == 1
 
 
 def test_a_plan_that_fails_in_one_process_is_refused_in_all():
     other = [(4.0, None), (0.0, "out of memory"), (3.0, None), *[(4.0, None), (3.0, None)] * 2]
-    choice = chosen(processes=Two(0, other=other), serial=10.0, streams=1.0, graph=9.0)
+    choice = chosen(processes=Two(0, other), serial=10.0, streams=1.0, graph=9.0)
     assert choice.timings[1] == Timing("streams", None, "out of memory")
     assert choice.name == "graph"
+
+
+def test_a_process_that_fails_while_the_others_wait_for_it_ends_the_run(monkeypatch):
+    fails(monkeypatch, "streams", error=RuntimeError("out of memory"))
+    take_step = TakeStep()
+    take_step.processes = two = Two(1, [(4.0, None), None])
+    with pytest.raises(TrainingError, match=r"streams failed on process 1 of 2 and not on all \(out of memory\)"):
+        choose(take_step, batches(1), candidates=ALL, steps=3, tell=lambda table: None)
+    assert two.patience == [None, timedelta(seconds=30)]
 
 
 def test_sizes_reach_the_step():

@@ -157,6 +157,31 @@ def test_all_end_when_the_store_is_gone(world):
     assert world.beats[1].leave(ValueError("x"), together=False, keeps_store=False) is False
 
 
+def test_a_store_that_does_not_answer_ends_all_within_its_silence(world):
+    """A machine without power closes no connection: the beat that asks it never comes back."""
+    for _ in range(3):
+        world.run(1)
+        world.beats[1].oversee()
+    for _ in range(SILENCE - 1):
+        world.beats[1].oversee()  # while its beat waits
+    with pytest.raises(Ended):
+        world.beats[1].oversee()
+    ((_, text),) = world.said
+    assert (
+        text
+        == f"fflfast: error: process 0 of them on host0, which keeps the store of the processes, is lost; {REMEDY}\n"
+    )
+
+
+def test_a_store_that_answers_late_ends_nobody(world):
+    for _ in range(5):
+        for _ in range(SILENCE - 1):
+            world.beats[1].oversee()
+        world.run(1)
+        world.beats[1].oversee()
+    assert world.said == []
+
+
 def test_the_main_thread_may_end_by_itself_when_it_knows(world):
     world.run(2)
     world.gone.add(3)

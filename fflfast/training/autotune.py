@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ MARGIN = 0.02
 
 _ROUNDS = 3
 _UNTIMED_STEPS = 3
+_PATIENCE = timedelta(seconds=30)  # until the others must have failed too
 
 
 class Timing(NamedTuple):
@@ -90,6 +93,7 @@ def choose(
 
     Raises:
         ValueError: no batch to time plans on, fewer than one step, or no candidate that may be chosen.
+        TrainingError: a plan failed on one process in the middle of a step, where the others wait for it.
         Exception: whatever the last plan raised, if none could run.
     """
     processes = take_step.processes
@@ -149,10 +153,17 @@ class _Trial:
             for part in filter(None, (error, error.__cause__)):
                 traceback.clear_frames(part.__traceback__)  # which hold a copy of everything that changes
             problem = str(error) or type(error).__name__
+        # A process that fails alone leaves the others in a collective that it never enters: no more of those here.
         processes = self.take_step.processes
-        all_ = processes.gather((milliseconds, problem))
-        worst = None if all_ is None else (max(ms for ms, _ in all_), next((p for _, p in all_ if p is not None), None))
-        return processes.broadcast(worst)  # type: ignore[return-value] # only process 0 knows, and tells the others
+        mine = json.dumps([milliseconds, problem])
+        reports = processes.survey(mine) if problem is None else processes.survey(mine, _PATIENCE)
+        if reports is None:
+            raise TrainingError(
+                f"plan {name} failed on process {processes.rank} of {processes.count} and not on all ({problem}), so "
+                "that they cannot go on together; take --plan serial"
+            )
+        all_ = [json.loads(report) for report in reports]
+        return max(ms for ms, _ in all_), next((p for _, p in all_ if p is not None), None)
 
     def _round(self, name: str) -> float:
         take_step = self.take_step

@@ -5,7 +5,7 @@ that lost its power closes no connection. So a thread of each process counts up 
 torchrun (or process 0) keeps, once a second, and looks at those of the others: process 0 at all of them, the others at
 that of process 0, who passes on what it found. The load on the store grows linearly with the number of processes. The
 thread needs nothing of the main thread but the interpreter lock now and then, so that a long compilation, save or test
-looks alive.
+looks alive. A second thread looks whether the first gets its answers, since the store may fall silent as well.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ Its own beats and not seconds, so that a process that was stopped for a while bl
 GRACE = 10.0
 """Seconds that a process has to end by itself, with its own error, once another one has failed."""
 
+LEAVE = 30.0
+"""Seconds that a process waits at its end for the others' last words, if even the store is silent."""
+
 PATIENCE = 3
 """Beats that `Heartbeat.culprit` waits to see who is silent."""
 
@@ -55,23 +58,23 @@ class Heartbeat:
     ) -> None:
         self._store, self._rank, self._hosts = store, rank, hosts
         self._remedy, self._keeper = remedy, keeper
-        # A machine that lost its power closes no connection: an answer that does not come is silence, too.
-        store.set_timeout(timedelta(seconds=SILENCE * BEAT))
         others = [other for other in range(len(hosts)) if other != rank]
         self._others = others
         self._watched = others if rank == 0 else [0]
         self._seen = dict.fromkeys(self._watched, _NOTHING)
         self._unchanged = dict.fromkeys(self._watched, 0)
-        self._beats = 0
+        self._beats = self._answered = self._looked_at = self._unanswered = 0
         self._failure: tuple[str, float] | None = None
         self._silent: list[int] = []
-        self._spared_until = 0.0
-        self._stop = threading.Event()
+        self._spared_until = self._leave_by = 0.0
+        self._stop, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="fflfast-heartbeat", daemon=True)
+        self._second = threading.Thread(target=self._run_second, name="fflfast-heartbeat-2", daemon=True)
 
     def start(self) -> None:
         """Begin to beat and to watch."""
         self._thread.start()
+        self._second.start()
 
     def beat(self) -> None:
         """Send one sign of life and look at the others; ends the process where it must. The thread's work."""
@@ -81,8 +84,22 @@ class Heartbeat:
             reason = self._watch()
         except RuntimeError:
             reason = self._store_is_gone()
+        self._answered = self._beats
         if reason and not self._stop.is_set() and time.monotonic() >= self._spared_until:
             self._end(reason)
+
+    def oversee(self) -> None:
+        """End the process where the store does not answer: a machine without power closes no connection.
+
+        The second thread's work, once a beat: what asks the store waits for it.
+        """
+        self._unanswered = self._unanswered + 1 if self._answered == self._looked_at else 0
+        self._looked_at = self._answered
+        # While the process leaves, nothing beats.
+        left_too_late = self._stop.is_set() and time.monotonic() >= self._leave_by
+        if left_too_late or (self._unanswered >= SILENCE and not self._stop.is_set()):
+            self._say(self._store_is_gone())
+            os._exit(1)
 
     def name(self, rank: int) -> str:
         """Return how a message calls a process."""
@@ -120,6 +137,7 @@ class Heartbeat:
             together: all processes end now, so wait a while for each other.
             keeps_store: this process takes the store with it, so wait for the others to have read why.
         """
+        self._leave_by = time.monotonic() + LEAVE
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(GRACE)
@@ -138,6 +156,7 @@ class Heartbeat:
                 self._await(lambda: not lasting or self._store.check(lasting))
         except RuntimeError:
             pass  # no store, nobody to tell
+        self._over.set()
         return same
 
     def _await(self, condition: Callable[[], bool], seconds: float = GRACE + 2 * BEAT) -> bool:
@@ -150,6 +169,10 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stop.wait(BEAT):
             self.beat()
+
+    def _run_second(self) -> None:
+        while not self._over.wait(BEAT):
+            self.oversee()
 
     def _watch(self) -> str | None:
         """Return why this process must end now, None if it need not."""
@@ -169,8 +192,7 @@ class Heartbeat:
 
     def _end(self, reason: str) -> None:
         """End the whole process from this thread: what the main thread waits for may never come."""
-        line = f"fflfast: error: {ProcessLost(reason, self._remedy())}\n"
-        os.write(2, line.encode(errors="replace"))  # the main thread may hold the lock of sys.stderr
+        self._say(reason)
         try:
             if self._rank == 0:
                 self._store.set("lost", reason)
@@ -181,6 +203,10 @@ class Heartbeat:
         except RuntimeError:
             pass  # the store is gone already
         os._exit(1)
+
+    def _say(self, reason: str) -> None:
+        line = f"fflfast: error: {ProcessLost(reason, self._remedy())}\n"
+        os.write(2, line.encode(errors="replace"))  # the main thread may hold the lock of sys.stderr
 
     def _read(self, ranks: Sequence[int]) -> list[str]:
         return [value.decode() for value in self._store.multi_get([_key(rank) for rank in ranks])]

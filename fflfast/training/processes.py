@@ -23,7 +23,7 @@ from .config import ConfigError
 from .errors import ProcessLost, TrainingError, tell_elsewhere
 from .heartbeat import Heartbeat, meet
 from .signals import Stopped
-from .torchrun import Place, choose_backend, connect, read_environment
+from .torchrun import Place, choose_backend, connect, read_environment, survey
 
 __all__ = ["SINGLE", "Processes", "start"]
 
@@ -81,6 +81,13 @@ class Processes:
     def gather(self, value: Result) -> list[Result] | None:
         """Return the values of all processes, which must be picklable, on process 0, and None on the others."""
         return [value]
+
+    def survey(self, report: str, patience: timedelta = TIMEOUT) -> list[str] | None:
+        """Return the reports of all processes, by rank; None where one did not come within ``patience``.
+
+        No collective: whoever failed where the others still wait for it can say so, and go on after its patience.
+        """
+        return [report]
 
     def together(self, action: Callable[[], Result]) -> Result:
         """Run an action on every process and return its own result; where it raises on one, every process raises.
@@ -186,7 +193,8 @@ class _Several(Processes):
         self._checkpoint: Path | None = None
         self._pending: tuple[dist.Work, Tensor] | None = None
         self._keeps_store = self.main and not place.by_torchrun
-        stores = connect(place, ("heartbeat", "group"), START)
+        stores = connect(place, ("heartbeat", "group", "survey"), START)
+        self._place, self._store, self._surveys = place, stores[2], 0
         hosts = meet(stores[0], self.rank, self.count, socket.gethostname(), START)
         keeper = f"torchrun on {place.address}" if place.by_torchrun else f"process 0 of {self.count} on {hosts[0]}"
         self._heartbeat = Heartbeat(stores[0], self.rank, hosts, remedy=self._remedy, keeper=keeper)
@@ -214,6 +222,10 @@ class _Several(Processes):
         with self.guarded():
             dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
+
+    def survey(self, report: str, patience: timedelta = TIMEOUT) -> list[str] | None:
+        self._surveys += 1
+        return survey(self._store, str(self._surveys), self._place, report, patience)
 
     def gather(self, value: Result) -> list[Result] | None:
         values: list[Any] | None = [None] * self.count if self.main else None
@@ -302,6 +314,8 @@ class _Several(Processes):
             dist.all_reduce(torch.zeros(1))  # not dist.barrier, which may take the device
 
     def wrap(self, learner: nn.Module) -> nn.Module:
+        # A 1 × 1 convolution in channels-last order has two ways to name the same strides; DDP copies, and warns.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         with self.guarded(), warnings.catch_warnings():
             # What newer versions of PyTorch offer instead still gives process 0's buffers to all when it is built.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

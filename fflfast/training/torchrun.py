@@ -105,3 +105,17 @@ def connect(place: Place, names: Sequence[str], patience: timedelta) -> list[dis
         reason = " ".join(str(error).split())[:200]
         who = f"process {place.rank} of {place.count}"
         raise ProcessLost(f"{who} does not reach the others at {address}:{port} ({reason})") from error
+
+
+def survey(store: dist.Store, question: str, place: Place, report: str, patience: timedelta) -> list[str] | None:
+    """Tell the others a report and return those of all, by rank; None where one did not come within ``patience``.
+
+    Unlike a collective it ends while a process waits in an operation that this one never entered.
+    """
+    keys = [f"{question}/{rank}" for rank in range(place.count)]
+    try:
+        store.set(keys[place.rank], report)
+        store.wait(keys, patience)
+        return [answer.decode() for answer in store.multi_get(keys)]
+    except RuntimeError:
+        return None
