@@ -67,6 +67,7 @@ class Heartbeat:
         self._failure: tuple[str, float] | None = None
         self._silent: list[int] = []
         self._spared_until = self._leave_by = 0.0
+        self._one_speaks, self._ending = threading.Lock(), False
         self._stop, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="fflfast-heartbeat", daemon=True)
         self._second = threading.Thread(target=self._run_second, name="fflfast-heartbeat-2", daemon=True)
@@ -85,7 +86,7 @@ class Heartbeat:
         except RuntimeError:
             reason = self._store_is_gone()
         self._answered = self._beats
-        if reason and not self._stop.is_set() and time.monotonic() >= self._spared_until:
+        if reason and not self._stop.is_set():
             self._end(reason)
 
     def oversee(self) -> None:
@@ -107,7 +108,11 @@ class Heartbeat:
 
     def spare(self) -> None:
         """Leave the main thread some seconds to end by itself: it has found out that a process is lost."""
-        self._spared_until = time.monotonic() + GRACE
+        with self._one_speaks:
+            self._spared_until = time.monotonic() + GRACE
+            ending = self._ending
+        if ending:
+            time.sleep(GRACE)  # a thread of this one has said why already, and ends the process any moment
 
     def culprit(self) -> str | None:
         """Return which process is gone or failed, and how that is known; None where all are well.
@@ -192,6 +197,10 @@ class Heartbeat:
 
     def _end(self, reason: str) -> None:
         """End the whole process from this thread: what the main thread waits for may never come."""
+        with self._one_speaks:
+            if time.monotonic() < self._spared_until:
+                return
+            self._ending = True
         self._say(reason)
         try:
             if self._rank == 0:
