@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fflfast.training import ConfigError, TrainConfig, TrainingError
+from fflfast.data import DataError
+from fflfast.training import CheckpointError, ConfigError, TrainConfig, TrainingError
+from fflfast.training.files import replace_text
 
 from .accuracy import finished, spread
 from .report import markdown
@@ -151,12 +153,12 @@ def run(options: argparse.Namespace, seeds: Sequence[int]) -> int:
         config = _config(method, seed, options)
         try:
             finished(config, Path(str(config.out)))
-        except (ConfigError, TrainingError) as error:
+        except (ConfigError, TrainingError, CheckpointError, DataError) as error:
             print(f"benchmarks.paper: {error}", file=sys.stderr)
             return 1
         text = table(list(_finished(todo, options)), epochs=options.epochs, seeds=seeds)
         document = options.results.read_text(encoding="utf-8")
-        options.results.write_text(replaced(document, text), encoding="utf-8")
+        replace_text(options.results, replaced(document, text))
         print(f"\n{text}\n", flush=True)
     return 0
 

@@ -31,7 +31,7 @@ def result_of(naive=0.4, serial=0.16, floor=0.15):
         Row(Variant("floor", "serial"), [floor] * 3, 4.0, 1_000_000, 50),
     ]
     rates = {"loader": 1e6, "step": 150.0, "end_to_end": 149.0}
-    return Result(resolved(channels_last=True), CPU, 4, rows, {"graph": "no graphs here"}, rates)
+    return Result(resolved(channels_last=True), CPU, 4, rows, {"graph": "no graphs here"}, rates, steps=12)
 
 
 def kept(train, tmp_path, case, result):

@@ -86,11 +86,11 @@ KILLS = {
     "within-an-epoch": (TrainStep, "__call__", 8, _die),
     "at-the-last-step": (TrainStep, "__call__", 3 * STEPS, _die),
     "in-the-test": (Classification, "metric", 3, _die),
-    "in-a-write": (os, "fsync", 9, _cut_and_die),
-    "before-a-sync": (os, "fsync", 11, _die),
-    "before-the-old-file-moves": (os, "replace", 10, _die),
-    "between-the-renames": (os, "replace", 11, _die),
-    "after-the-renames": (os, "fsync", 12, _die),
+    "in-a-write": (os, "fsync", 11, _cut_and_die),
+    "before-a-sync": (os, "fsync", 13, _die),
+    "before-the-old-file-moves": (os, "replace", 12, _die),
+    "between-the-renames": (os, "replace", 13, _die),
+    "after-the-renames": (os, "fsync", 14, _die),
 }
 
 

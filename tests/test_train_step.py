@@ -272,7 +272,8 @@ def test_an_overflow_halves_the_scale_and_leaves_weights_and_momentum_alone(clip
 
 def test_images_come_in_the_layers_dtype_and_order():
     seen = []
-    for options in ({}, {"amp": "bf16", "channels_last": True}, {"amp": "bf16", "mixup": 0.2, "channels_last": True}):
+    channels_last = {"amp": "bf16", "channels_last": True}
+    for options in ({"channels_last": False}, channels_last, {**channels_last, "mixup": 0.2}):
         step = make(**options)
         step.learner.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].images))
         step(batches(step, 1)[0], epoch=0, step=0)

@@ -12,6 +12,8 @@ from training_runs import SMALL, STEPS, assert_same, run, small, tensors
 
 from fflfast.methods import FFL
 from fflfast.training import ConfigError, Stopped, TrainConfig, TrainingError, checkpoint, evaluate, train
+from fflfast.training.files import alone_in, replace_text
+from fflfast.training.loop import Trainer
 from fflfast.training.step import TrainStep
 
 
@@ -183,6 +185,7 @@ def test_files_that_are_decoded_cannot_lie_on_a_device(tmp_path):
     options = {"data": "imagefolder", "data_dir": str(tmp_path / "data"), "pad": 0, "limit_train": None}
     with pytest.raises(ConfigError, match="--data-on device: imagefolder train is decoded"):
         train(small(tmp_path / "run", data_on="device", **options), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -223,3 +226,30 @@ def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path):
     checkpoint.write(file, checkpoint.Snapshot(snapshot.tensors, info))
     train(TrainConfig(resume=str(tmp_path / "run")), quiet=True)
     assert_same(tensors(tmp_path / "run"), expected)
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    run(tmp_path / "run", epochs=1)
+    with alone_in(tmp_path / "run"), pytest.raises(ConfigError, match="another process is training there"):
+        train(TrainConfig(resume=str(tmp_path / "run")), quiet=True)
+    train(TrainConfig(resume=str(tmp_path / "run")), quiet=True)
+
+
+def test_the_same_run_may_start_again_where_it_died_before_its_first_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "save", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(small(tmp_path / "run"), quiet=True)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        train(small(tmp_path / "run", seed=5), quiet=True)
+    train(small(tmp_path / "run"), quiet=True)
+
+
+def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
+    file = tmp_path / "summary.json"
+    replace_text(file, "old")
+    monkeypatch.setattr(os, "fsync", lambda handle: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replace_text(file, "new, cut sho")
+    assert file.read_text(encoding="utf-8") == "old"

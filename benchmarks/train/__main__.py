@@ -46,7 +46,7 @@ def rows_of(case: Case, result: Result) -> Iterator[dict[str, Any]]:
         yield {
             **case.columns, "variant": row.variant.name, "dtype": dtype_of(result, row),
             "layout": layout_of(result, row), **figures, "launches_are": result.launches, **rates,
-            "steps": len(row.seconds) * result.block,
+            "steps": result.steps,
         }  # fmt: skip
     for name, reason in result.refused.items():
         yield {**case.columns, "variant": name, "not_measured": reason}

@@ -60,6 +60,8 @@ def bench(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     options, rest = parser.parse_known_args(list(argv[1:] if what == "train" else argv))
     config = parse_arguments(rest)
+    if config.resume is not None:
+        raise ConfigError("--resume: a measurement continues no run; leave it away")
     if config.data is None:
         config = dataclasses.replace(config, data="synthetic")
     resolved = resolve(config).config

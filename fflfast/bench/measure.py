@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -52,10 +53,11 @@ class Result:
     Attributes:
         config: what was run.
         device: where.
-        block: steps in a block.
+        block: steps in a block, one more in the first of them where ``steps`` does not divide.
         rows: what ran.
         refused: what did not, by name, with the reason.
         rates: images/s of ``loader``, ``step`` and ``end_to_end``, of the fastest of our variants.
+        steps: timed steps of each variant.
     """
 
     config: ResolvedConfig
@@ -64,6 +66,7 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
 
     def find(self, variant: Variant | None) -> Row | None:
         """Return the row of a variant, if it ran."""
@@ -135,14 +138,15 @@ def measure(
     )  # fmt: skip
     steps = steps or _STEPS.get(device.type, _STEPS_ELSEWHERE)
     rounds = min(_ROUNDS, steps)
-    block = round(steps / rounds)
-    result = Result(config, device, block, refused=refused)
+    block, more = divmod(steps, rounds)
+    result = Result(config, device, block, refused=refused, steps=steps)
     with contextlib.ExitStack() as stack:
         workers = _start(chosen, config, num_classes, result, stack, tell)
-        tell(f"{rounds} rounds of {block} step{'s' if block > 1 else ''}")
+        tell(f"{steps} steps in {rounds} rounds")
         for round_ in range(rounds):
+            size = block + (round_ < more)
             for variant in _rotated(list(workers), round_):
-                _ask(workers, result, variant, lambda row, worker: row.seconds.append(worker.ask("block", block)))
+                _ask(workers, result, variant, functools.partial(_time, size))
         for variant in list(workers):
             _ask(workers, result, variant, _add_facts)
         best = result.fastest
@@ -205,6 +209,10 @@ def _ask(
         del workers[variant]
         result.rows.remove(row)
         result.refused[variant.name] = str(refused)
+
+
+def _time(steps: int, row: Row, worker: Worker) -> None:
+    row.seconds.append(worker.ask("block", steps))
 
 
 def _warm_up(row: Row, worker: Worker) -> None:

@@ -73,7 +73,7 @@ def footnotes(result: Result) -> list[str]:
     blocks = max((len(row.seconds) for row in result.rows), default=0)
     lines.append(
         "images/s of the whole cohort: an image that goes through all sub-networks counts once. Medians (20th … 80th "
-        f"percentile) of {blocks} blocks of steps ({result.block} each) in turns; ratios of blocks side by side. Peak "
+        f"percentile) of {blocks} blocks, {result.steps} steps in all, in turns; ratios of blocks side by side. Peak "
         f"memory: {peak}, beside data and libraries. naive: the loop of the published FFL code; its images come "
         "augmented, the others augment theirs in the step. floor: the networks with cross-entropy alone, under the "
         "same plan."
@@ -104,7 +104,7 @@ def to_dict(result: Result) -> dict[str, Any]:
         "device": machine([result.device])[1].partition(":")[2].strip(),
         "config": result.config.to_dict(),
         "launches": result.launches,
-        "steps_in_a_block": result.block,
+        "steps": result.steps,
         "variants": [_row(result, row) for row in result.rows],
         "not_measured": dict(result.refused),
         "images_per_second": dict(result.rates),

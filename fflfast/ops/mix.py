@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .counters import CUT_COLUMN, CUT_ROW, MIX_KIND, MIX_RATIO, below, describe, hash_words, word
 
-__all__ = ["mix"]
+__all__ = ["mix", "prepare_mix"]
 
 _RATIO_BITS = 12  # resolution of the mixing ratio: 4,096 equally likely values
 
@@ -97,6 +97,14 @@ def _cutmix(images: Tensor, probs: Tensor, key: Tensor, alpha: float) -> tuple[T
     box = inside[0][:, None] & inside[1]
     replaced = (box.sum() / max(height * width, 1)).to(probs.dtype)
     return torch.where(box, images.roll(1, 0), images), probs * (1 - replaced) + probs.roll(1, 0) * replaced
+
+
+def prepare_mix(device: torch.device | str, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:
+    """Bring to a device what `mix` draws its ratios from, so that its first call waits for no copy either."""
+    device = torch.empty(0, device=device).device  # with its index, as tensors have it
+    for alpha in (mixup_alpha, cutmix_alpha):
+        if alpha > 0:
+            _beta_quantiles(float(alpha), device)
 
 
 def _draw_ratio(key: Tensor, alpha: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import augment
+from ..ops.mix import prepare_mix
 
 __all__ = ["Accuracy", "Classification", "Score"]
 
@@ -144,6 +145,10 @@ class Classification:
     def mixes(self) -> bool:
         """Whether training batches are mixed, so that no image has one right answer."""
         return self.mixup > 0 or self.cutmix > 0
+
+    def prepare(self, device: torch.device | str) -> None:
+        """Bring to a device what `encode` needs there."""
+        prepare_mix(device, mixup_alpha=self.mixup, cutmix_alpha=self.cutmix)
 
     def encode(
         self, images: Tensor, target: Tensor, *, epoch: int | Tensor, step: int | Tensor

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from ..data import Batch, Loader, ResidentLoader, Split, prefetch, resident_bytes
+from ..data import Batch, DataBundle, Loader, ResidentLoader, Split, prefetch, resident_bytes
 from .config import ConfigError, ResolvedConfig
 from .processes import SINGLE, Processes
 
-__all__ = ["Feed", "evaluation_feed", "memory_budget", "training_feed"]
+__all__ = ["Feed", "check_residence", "evaluation_feed", "memory_budget", "training_feed"]
 
 TEST_BATCH_SIZE = 256
 """Images in a test batch: one number for every test, since it may decide the last bit of a logit."""
@@ -99,14 +99,19 @@ def evaluation_feed(
 
 def _feed(split: Split, device: torch.device, data_on: str, *, workers: int, **options: Any) -> Feed:
     size = resident_bytes(split, options["limit"])
-    if data_on == "device" and size is None:
-        raise ConfigError(
-            f"--data-on device: {split.name} is decoded from files and cannot lie on a device; leave it away"
-        )
     fits = size is not None and size <= memory_budget(device)
     if data_on == "device" or (data_on == "auto" and fits):
         return Feed(ResidentLoader(split, device=device, **options), device)
     return Feed(Loader(split, workers=workers, pin_memory=device.type == "cuda", **options), device)
+
+
+def check_residence(data_on: str, data: DataBundle) -> None:
+    """Raise ConfigError where data that is decoded as it is read shall lie on a device."""
+    for split in (data.train, data.test):
+        if data_on == "device" and resident_bytes(split) is None:
+            raise ConfigError(
+                f"--data-on device: {split.name} is decoded from files and cannot lie on a device; leave it away"
+            )
 
 
 def memory_budget(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from .config import ResolvedConfig
 from .errors import TrainingError
 from .evaluation import score_split
 from .feeding import evaluation_feed, training_feed
+from .files import replace_text
 from .log import MetricLog
 from .processes import SINGLE, Processes
 from .report import Reporter
@@ -163,7 +164,7 @@ class Trainer:
             self.reporter.line(f"plan {choice.name}: {choice.why}", style="dim")
         if processes.main:
             text = json.dumps({"plan": choice.name, "timings": [t._asdict() for t in choice.timings]}, indent=2)
-            (self.folder / PLAN_FILE).write_text(text + "\n", encoding="utf-8")
+            replace_text(self.folder / PLAN_FILE, text + "\n")
 
     def use_plan(self, name: str) -> None:
         """Run the steps from here on by another plan, which computes the same."""

@@ -28,6 +28,8 @@ from .allocator import keep_memory
 from .build import Resolved, build_learner, open_bundle, resolve
 from .checkpoint import LAST, Snapshot
 from .config import ConfigError, ResolvedConfig, TrainConfig, check_given, naming
+from .feeding import check_residence
+from .files import alone_in, replace_text
 from .loop import PLAN_FILE, Trainer
 from .processes import Processes
 from .report import Reporter, score_table
@@ -40,11 +42,13 @@ __all__ = ["RunResult", "arithmetic", "train"]
 _ABORTED_START = frozenset(
     (
         "config.yaml",
+        "config.yaml.tmp",
         "metrics.csv",
         "metrics.jsonl",
         "metrics.tmp",
         "tensorboard",
         PLAN_FILE,
+        f"{PLAN_FILE}.tmp",
         f"{LAST}.tmp",
     )
 )
@@ -87,7 +91,7 @@ def _train(config: TrainConfig, reporter: Reporter, stop: StopSignal, processes:
     if config.download and processes.count > 1:
         processes.only_main(lambda: open_bundle(config) and None)  # the others find the files there
     resolved, data, notes = processes.together(lambda: _open(config, snapshot, processes))
-    with arithmetic(resolved):
+    with arithmetic(resolved), contextlib.ExitStack() as held:
         learner = processes.together(
             lambda: build_learner(resolved, data.num_classes, start=snapshot is None, tell=notes.append)
         )
@@ -95,6 +99,7 @@ def _train(config: TrainConfig, reporter: Reporter, stop: StopSignal, processes:
         if snapshot is None:
             resolved = dataclasses.replace(resolved, out=str(folder), resume=None)
             processes.only_main(lambda: _begin(folder, resolved))
+        processes.only_main(lambda: held.enter_context(alone_in(folder)))
         for line in [*_headline(resolved, data, learner, processes.count), *notes]:
             reporter.line(line, style="dim")
         try:
@@ -118,6 +123,7 @@ def _open(config: TrainConfig, snapshot: Snapshot | None, processes: Processes) 
         settings = resume(config, snapshot)
         resolved = Resolved(settings, open_bundle(settings), [])
         check_data(snapshot, settings, resolved.data)
+    check_residence(resolved.config.data_on, resolved.data)
     resolved.notes.extend(_check_plan(resolved.config, processes))
     return resolved
 
@@ -198,10 +204,11 @@ def _begin(folder: Path, config: ResolvedConfig) -> None:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(config.to_yaml(), encoding="utf-8")
+        replace_text(file, config.to_yaml())
     except OSError as error:
         with contextlib.suppress(OSError):
-            file.unlink(missing_ok=True)
+            for left in (file, file.with_name(file.name + ".tmp")):
+                left.unlink(missing_ok=True)
             for path in made:
                 path.rmdir()
         raise ConfigError(f"--out {folder}: cannot write there ({error.strerror}); choose another folder") from error
@@ -218,11 +225,19 @@ def _folder(config: ResolvedConfig) -> Path:
         others = (Path(f"{first}-{k}") for k in itertools.count(2))
         return next(path for path in itertools.chain([first], others) if not path.exists())
     folder = Path(config.out)
-    leftovers = _ABORTED_START if config.resume == "auto" else frozenset()
+    leftovers = _ABORTED_START if config.resume == "auto" or _began_alike(folder, config) else frozenset()
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - leftovers):
         advice = f", or continue the run in it with --resume {folder}" if has_checkpoint(folder) else ""
         raise ConfigError(f"--out {folder}: exists and is not an empty folder; choose another{advice}")
     return folder
+
+
+def _began_alike(folder: Path, config: ResolvedConfig) -> bool:
+    """Whether a run of the same settings began in a folder: what it left before its first checkpoint is no loss."""
+    try:
+        return (folder / "config.yaml").read_text(encoding="utf-8") == config.to_yaml()
+    except (OSError, ValueError):
+        return False
 
 
 def _check_baseline(config: ResolvedConfig) -> None:
@@ -282,7 +297,7 @@ def _write_summary(result: RunResult, config: ResolvedConfig, trainer: Trainer) 
         "plan": trainer.plan_name,
         "processes": trainer.processes.count,
     }
-    (result.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    replace_text(result.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _print_result(result: RunResult, config: ResolvedConfig, trainer: Trainer, reporter: Reporter) -> None:

@@ -73,6 +73,7 @@ class TrainStep:
     ) -> None:
         self.learner, self.task, self.config, self.device = learner, task, config, device
         self.processes = processes
+        task.prepare(device)
         self.table = table.to(device)
         # What the first layer would round to, images may be from the start; mixing comes before, in full precision.
         self._table = self.table if task.mixes else self.table.to(_AMP_DTYPES.get(config.amp, table.dtype))
