@@ -15,9 +15,8 @@ __all__ = ["alone_in", "replace_text"]
 def replace_text(path: Path, text: str) -> None:
     """Write a text file so that whoever reads it, whenever, finds the old one or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "r+b") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
