@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from steps import Reads
 from training_runs import SMALL, STEPS, Noisy, assert_same, run, small, tensors
 
 from fflfast.data import Batch, Loader
@@ -82,19 +82,6 @@ def test_no_decay_on_norms_and_biases():
         assert decay[id(parameter)] == expected, name
 
 
-class _Reads(TorchDispatchMode):
-    """Counts the operations that make the host wait for a value of the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        if operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
-            self.count += 1
-        return operation(*arguments, **(options or {}))
-
-
 def test_a_step_reads_nothing_from_the_device():
     """On a CPU the loss itself looks at its target; the trainer around it adds not one read."""
     config, data, learner = _parts()
@@ -103,15 +90,15 @@ def test_a_step_reads_nothing_from_the_device():
     batch = next(Loader(data.train, batch_size=24, seed=0, train=True).epoch(0))
     images = normalize(batch.images, step.table)
     means, metric = Means(("loss", *learner.term_names)), task.metric()
-    with _Reads() as alone:
+    with Reads() as alone:
         learner(Batch(images, batch.target, batch.index), step.state).loss.backward()
-    with _Reads() as reads:
+    with Reads() as reads:
         step.set_schedule(learning_rate=0.1, kl_weight=0.5)
         output = step(batch, epoch=0, step=0)
         means.update(output, 24)
         metric.update(output.logits, batch.target)
     assert reads.count == alone.count
-    with _Reads() as counter:
+    with Reads() as counter:
         means.read()
     assert counter.count <= len(means.names)
 
