@@ -162,6 +162,8 @@ class Heartbeat:
         except RuntimeError:
             pass  # no store, nobody to tell
         self._over.set()
+        if self._second.is_alive():
+            self._second.join(GRACE)
         return same
 
     def _await(self, condition: Callable[[], bool], seconds: float = GRACE + 2 * BEAT) -> bool:
