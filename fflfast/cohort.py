@@ -20,14 +20,19 @@ class CohortOutput(NamedTuple):
         logits: N tensors (B, K).
         features: N feature maps (B, C_k, H_k, W_k), after the last activation, not detached; None for a network
             without one.
-        trunk_features: the output of the shared trunk (B, C, H, W), or None without a trunk.
+        trunk_features: the output of the shared trunk (B, C, H, W), or None without a trunk; (N·B, C, H, W) where each
+            sub-network has a view of its own.
         stages: N tuples of inner feature maps, empty for sub-networks that return none.
+        trunk_stages: inner feature maps of the trunk, empty for one that returns none.
+        beside: what ran beside the sub-networks gave, in order, see `Cohort.forward`.
     """
 
     logits: tuple[Tensor, ...]
     features: tuple[Tensor | None, ...]
     trunk_features: Tensor | None
     stages: tuple[tuple[Tensor, ...], ...]
+    trunk_stages: tuple[Tensor, ...] = ()
+    beside: tuple[Any, ...] = ()
 
 
 class StepOutput(NamedTuple):
@@ -91,10 +96,11 @@ class Cohort(nn.Module):
 
     Args:
         sub_networks: N ≥ 1 distinct modules; architectures may differ.
-        trunk: low layers that run once; the sub-networks get its output.
+        trunk: low layers that run once; the sub-networks get its output. It may return ``(output, stages)`` as well.
 
     Attributes:
-        runner: called with N thunks, returns their N results in order. An execution plan replaces it.
+        runner: called with thunks, returns their results in order. An execution plan replaces it.
+        trunk_gradient_scale: by what the gradient that the sub-networks send into the trunk is multiplied.
 
     Raises:
         ValueError, TypeError: no sub-network, something that is not a module, or one module given twice.
@@ -116,16 +122,18 @@ class Cohort(nn.Module):
         self.trunk = trunk
         self.sub_networks = nn.ModuleList(networks)
         self.runner: Callable[[Sequence[Callable[[], Any]]], list[Any]] = serial
+        self.trunk_gradient_scale = 1.0
 
     def __len__(self) -> int:
         return len(self.sub_networks)
 
-    def forward(self, x: Tensor | Sequence[Tensor]) -> CohortOutput:
+    def forward(self, x: Tensor | Sequence[Tensor], beside: Sequence[Callable[[], Any]] = ()) -> CohortOutput:
         """Run every part once.
 
         Args:
             x: images (B, C, H, W) for all sub-networks, or a sequence of N such tensors, one view a sub-network.
                 With a trunk, views are stacked and the trunk runs once on N·B images.
+            beside: further networks without gradient that run while the sub-networks do, such as a frozen teacher.
 
         Raises:
             ValueError: another number of views than sub-networks, or views of unequal shape on a trunk.
@@ -136,21 +144,22 @@ class Cohort(nn.Module):
         if views is not None and len(views) != count:
             raise ValueError(f"Cohort: expected {count} views, one a sub-network, got {len(views)}")
         trunk_features: Tensor | None = None
+        trunk_stages: tuple[Tensor, ...] = ()
         inputs: Sequence[Tensor]
         if self.trunk is not None:
             if views is not None and any(v.shape != views[0].shape for v in views):
                 raise ValueError(
                     f"Cohort: views that share a trunk must have one shape, got {[tuple(v.shape) for v in views]}"
                 )
-            trunk_features = self.trunk(x if views is None else torch.cat(views))
-            if not isinstance(trunk_features, Tensor):
-                raise TypeError(f"Cohort: the trunk must return one tensor, got {type(trunk_features).__name__}")
-            inputs = [trunk_features] * count if views is None else trunk_features.split(len(views[0]))
+            trunk_features, trunk_stages = _trunk_output(self.trunk(x if views is None else torch.cat(views)))
+            shared = _scale_gradient(trunk_features, self.trunk_gradient_scale)
+            inputs = [shared] * count if views is None else shared.split(len(views[0]))
         else:
-            inputs = [x] * count if views is None else views  # type: ignore[list-item]
+            inputs = [x] * count if views is None else views
         thunks = [_thunk(net, inputs[k], k) for k, net in enumerate(self.sub_networks)]
-        logits, features, stages = zip(*self.runner(thunks), strict=True)
-        return CohortOutput(logits, features, trunk_features, stages)
+        results = self.runner([*thunks, *map(_without_gradient, beside)])
+        logits, features, stages = zip(*results[:count], strict=True)
+        return CohortOutput(logits, features, trunk_features, stages, trunk_stages, tuple(results[count:]))
 
     @property
     def feature_channels(self) -> tuple[int | None, ...]:
@@ -162,6 +171,12 @@ class Cohort(nn.Module):
         if all(hasattr(net, "feature_channels") for net in self.sub_networks):
             return tuple(net.feature_channels for net in self.sub_networks)  # type: ignore[misc]
         return tuple(f.shape[1] if f is not None and f.dim() == 4 else None for f in self._probe().features)
+
+    @property
+    def trunk_channels(self) -> int | None:
+        """Channels of the trunk's output, None without a trunk; found as `feature_channels` are."""
+        found = None if self.trunk is None else self._probe().trunk_features
+        return None if found is None else found.shape[1]
 
     @torch.no_grad()
     def _probe(self) -> CohortOutput:
@@ -187,6 +202,35 @@ class Cohort(nn.Module):
         ) from problem
 
 
+def _trunk_output(out: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if isinstance(out, Tensor):
+        return out, ()
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Tensor):
+        return out[0], tuple(out[1])
+    raise TypeError(f"Cohort: the trunk must return one tensor or (tensor, stages), got {type(out).__name__}")
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose backward multiplies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.scale, None
+
+
+def _scale_gradient(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else _ScaledGradient.apply(x, scale)
+
+
+def _without_gradient(thunk: Callable[[], Result]) -> Callable[[], Result]:
+    return torch.no_grad()(thunk)
+
+
 def _thunk(net: nn.Module, x: Tensor, k: int) -> Callable[[], tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
     def run() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         out = net(x)
@@ -201,7 +245,7 @@ def _thunk(net: nn.Module, x: Tensor, k: int) -> Callable[[], tuple[Tensor, Tens
 
 
 class Batch(Protocol):
-    """What a learner needs of a batch."""
+    """What a learner needs of a batch; a method that remembers images needs its ``index`` too, int64 (B,)."""
 
     @property
     def images(self) -> Any: ...
@@ -238,6 +282,7 @@ class Learner(nn.Module):
             )
         self.cohort = cohort
         self.method = method
+        cohort.trunk_gradient_scale = float(getattr(method, "trunk_gradient_scale", 1.0))
         self.label_smoothing = label_smoothing
 
     @property
@@ -253,12 +298,12 @@ class Learner(nn.Module):
                 or probabilities (B, K).
             state: T, λ and μ of this step; None takes the method's options, without ramp-up.
         """
-        output = self.cohort(batch.images)
-        return self.method(output, batch.target, state, label_smoothing=self.label_smoothing)
+        output = self.cohort(batch.images, self.method.beside(batch.images))  # type: ignore[operator]
+        return self.method(output, batch, state, label_smoothing=self.label_smoothing)
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits (B, K) by name: each sub-network, their mean ensemble, and what the method adds.
 
         Call it in eval mode and without gradients for predictions; it changes neither itself.
         """
-        return self.method.predict(self.cohort(images))  # type: ignore[operator]
+        return self.method.predict(self.cohort(images), images)  # type: ignore[operator]

@@ -144,10 +144,10 @@ def poison(call: int) -> Disturbance:
     def disturb():
         calls, original = 0, Noisy.joint_logits
 
-        def poisoned(self, output):
+        def poisoned(self, output, batch):
             nonlocal calls
             calls += 1
-            return [z * torch.nan if calls == call and rank() == 1 else z for z in original(self, output)]
+            return [z * torch.nan if calls == call and rank() == 1 else z for z in original(self, output, batch)]
 
         Noisy.joint_logits = poisoned
 

@@ -26,16 +26,16 @@ class Poisoned(FFL):
 
     poison: str | None = None
 
-    def joint_logits(self, output):
-        logits = super().joint_logits(output)
+    def joint_logits(self, output, batch):
+        logits = super().joint_logits(output, batch)
         if self.poison == "logits":
             logits[0] = logits[0] * torch.nan
         if self.poison == "gradient":
             logits[1].register_hook(lambda gradient: gradient * torch.inf)
         return logits
 
-    def forward(self, output, target, state=None, *, label_smoothing=0.0):
-        result = super().forward(output, target, state, label_smoothing=label_smoothing)
+    def forward(self, output, batch, state=None, *, label_smoothing=0.0):
+        result = super().forward(output, batch, state, label_smoothing=label_smoothing)
         return result._replace(loss=result.loss + torch.inf) if self.poison == "loss" else result
 
 

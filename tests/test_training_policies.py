@@ -23,8 +23,8 @@ class Poisoned(FFL):
     poisoned: frozenset[int] = frozenset()
     taken = 0
 
-    def joint_logits(self, output):
-        logits = super().joint_logits(output)
+    def joint_logits(self, output, batch):
+        logits = super().joint_logits(output, batch)
         if self.training:
             type(self).taken += 1
             if self.taken - 1 in self.poisoned:

@@ -30,8 +30,8 @@ STEPS = 5  # an epoch: four batches of 24 and one of 4
 class Noisy(FFL):
     """FFL with dropout on the logits in training, so that a run depends on torch's generator at every step."""
 
-    def joint_logits(self, output):
-        return [torch.dropout(z, 0.2, self.training) for z in super().joint_logits(output)]
+    def joint_logits(self, output, batch):
+        return [torch.dropout(z, 0.2, self.training) for z in super().joint_logits(output, batch)]
 
 
 def small(out: Path, **changes) -> TrainConfig:

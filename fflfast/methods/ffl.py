@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cohort import Cohort, CohortOutput
+from ..cohort import Batch, Cohort, CohortOutput
 from ..graph import DistillGraph
 from ..nn import FeatureFusion
-from .base import Method, MethodOptions
+from .base import Method, MethodOptions, known_channels
 
 __all__ = ["FFL", "FFLOptions", "fusion_channels"]
 
@@ -67,14 +67,7 @@ class FFL(Method):
 
     def __init__(self, cohort: Cohort, num_classes: int, options: FFLOptions | None = None) -> None:
         super().__init__(cohort, num_classes, options)
-        channels = []
-        for k, c in enumerate(cohort.feature_channels):
-            if c is None:
-                raise ValueError(
-                    f"FFL: sub-network {k} ({type(cohort.sub_networks[k]).__name__}) has no spatial feature map to "
-                    "fuse; take a convolutional network, or a method on logits alone such as dml"
-                )
-            channels.append(c)
+        channels = known_channels(cohort, "FFL")
         self.graph = DistillGraph.ffl(len(channels))
         self.target_eps = self.options.target_eps
         self.fusion = FeatureFusion(channels, self.options.fusion_channels or fusion_channels(channels), num_classes)
@@ -82,7 +75,7 @@ class FFL(Method):
     def parameter_options(self) -> dict[str, dict[str, Any]]:
         return {"fusion": {"weight_decay": self.options.fusion_weight_decay}}
 
-    def joint_logits(self, output: CohortOutput) -> list[Tensor]:
+    def joint_logits(self, output: CohortOutput, batch: Batch) -> list[Tensor]:
         return [*output.logits, self.fused_logits(output)]
 
     def fused_logits(self, output: CohortOutput) -> Tensor:
@@ -92,5 +85,5 @@ class FFL(Method):
                 raise ValueError(f"FFL: sub-network {k} returned None as its feature map; it said it would have one")
         return self.fusion(output.features)
 
-    def predict(self, output: CohortOutput) -> dict[str, Tensor]:
-        return {**super().predict(output), "fused": self.fused_logits(output)}
+    def predict(self, output: CohortOutput, images: Tensor) -> dict[str, Tensor]:
+        return {**super().predict(output, images), "fused": self.fused_logits(output)}
