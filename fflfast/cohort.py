@@ -155,7 +155,7 @@ class Cohort(nn.Module):
             shared = _scale_gradient(trunk_features, self.trunk_gradient_scale)
             inputs = [shared] * count if views is None else shared.split(len(views[0]))
         else:
-            inputs = [x] * count if views is None else views
+            inputs = [x] * count if views is None else views  # type: ignore[list-item]
         thunks = [_thunk(net, inputs[k], k) for k, net in enumerate(self.sub_networks)]
         results = self.runner([*thunks, *map(_without_gradient, beside)])
         logits, features, stages = zip(*results[:count], strict=True)
