@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from torch import nn
+import math
+from fractions import Fraction
 
-__all__ = ["SubNetwork", "init_weights"]
+from torch import Tensor, nn
+
+__all__ = ["SubNetwork", "init_weights", "scaled"]
 
 
 class SubNetwork(nn.Module):
     """A classifier whose ``forward(x)`` returns ``(logits, feature_map)``.
 
     ``x`` is (B, 3, H, W); ``logits`` (B, num_classes); ``feature_map`` (B, feature_channels, H', W'), the last
-    spatial activation before pooling, or None where a network has none (``feature_channels`` is None then).
+    spatial activation before pooling, or None where a network has none (``feature_channels`` is None then). With
+    ``return_stages`` it returns ``(logits, feature_map, stages)``.
+
+    A subclass may have a method ``split_at(name)`` that returns trunk and sub-network; `fflfast.models.split` then
+    leaves the work to it.
     """
 
     feature_channels: int | None = None
@@ -24,6 +31,21 @@ class SubNetwork(nn.Module):
     """How the network was taken apart, where `fflfast.models.adapt` did so; prints as a few lines."""
     head_names: tuple[str, ...] = ()
     """Names of the modules that hold the last layer, whose size follows the number of classes."""
+    stage_names: tuple[str, ...] = ()
+    """The modules whose outputs are the stages, first to last; what comes before the first of them is the stem. A
+    network that was split has those whose outputs it computes."""
+    return_stages: bool = False
+    """Whether the forward returns, as a third value, a tuple of the outputs of ``stage_names``, not detached."""
+
+    def _outputs(
+        self, logits: Tensor, feature_map: Tensor, *stages: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        return (logits, feature_map, stages) if self.return_stages else (logits, feature_map)
+
+
+def scaled(channels: int, width: Fraction) -> int:
+    """``channels`` × ``width``, rounded down, at least 1."""
+    return max(1, math.floor(channels * width))
 
 
 def init_weights(net: nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import SubNetwork, init_weights
+from .base import SubNetwork, init_weights, scaled
 
 __all__ = ["SmallDenseNet"]
 
@@ -40,22 +42,28 @@ class Transition(nn.Module):
 
 
 class SmallDenseNet(SubNetwork):
-    """DenseNet-BC with three dense blocks of (depth − 4) / 6 bottleneck layers and compression 0.5."""
+    """DenseNet-BC with three dense blocks of (depth − 4) / 6 bottleneck layers and compression 0.5.
+
+    ``width`` scales the growth, see `scaled`, and with it the bottlenecks' 4·growth, but not the stem. A stage is a
+    dense block, whose output the transition behind it halves.
+    """
 
     default_split = "block3"
     head_names = ("fc",)
+    stage_names = ("block1", "block2", "block3")
 
-    def __init__(self, num_classes: int, depth: int, growth: int) -> None:
+    def __init__(self, num_classes: int, depth: int, growth: int, *, width: Fraction = Fraction(1)) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"a DenseNet-BC's depth must be 6n + 4 (10, 16, 22, …), got {depth}")
         self.num_classes = num_classes
         layers = (depth - 4) // 6
+        first = 2 * growth
+        growth = scaled(growth, width)
 
         def block(in_channels: int) -> nn.Sequential:
             return nn.Sequential(*(DenseLayer(in_channels + i * growth, growth) for i in range(layers)))
 
-        first = 2 * growth
         second = (first + layers * growth) // 2
         third = (second + layers * growth) // 2
         self.feature_channels = third + layers * growth
@@ -69,8 +77,9 @@ class SmallDenseNet(SubNetwork):
         self.fc = nn.Linear(self.feature_channels, num_classes)
         init_weights(self)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.transition1(self.block1(self.conv1(x)))
-        x = self.block3(self.transition2(self.block2(x)))
-        x = F.relu(self.bn(x), inplace=True)
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)), x
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        first = self.block1(self.conv1(x))
+        second = self.block2(self.transition1(first))
+        third = self.block3(self.transition2(second))
+        x = F.relu(self.bn(third), inplace=True)
+        return self._outputs(self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)), x, first, second, third)

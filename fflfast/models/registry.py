@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from torch import nn
 from .adapt import adapt
 from .base import SubNetwork
 from .densenet import SmallDenseNet
+from .hourglass import stacked_hourglass
+from .pose_mobile import mobile_pose
 from .resnet import SmallResNet
 from .vgg import SmallVGG
 from .weights import copy_weights
@@ -21,17 +25,21 @@ from .wide_resnet import WideResNet
 
 __all__ = ["available", "create"]
 
-_OWN: dict[str, Callable[[int], SubNetwork]] = {
+# Each takes the number of classes and the keyword `width`, a Fraction by which the stages' channels are scaled.
+_OWN: dict[str, Callable[..., SubNetwork]] = {
     "tiny": partial(SmallResNet, blocks=1, channels=(4, 8, 16)),
     **{f"resnet{6 * n + 2}": partial(SmallResNet, blocks=n) for n in (1, 2, 3, 5, 7, 9, 18)},
-    "wrn_16_2": partial(WideResNet, depth=16, width=2),
-    "wrn_40_2": partial(WideResNet, depth=40, width=2),
+    "wrn_16_2": partial(WideResNet, depth=16, widening=2),
+    "wrn_40_2": partial(WideResNet, depth=40, widening=2),
     # The WRN-20-8 of the online-distillation papers (OKDDip, PCL and the FFL figures in their tables) is
     # no 6n + 4 network but a post-activation ResNet of 3·2 bottlenecks whose inner width is 8 times wider.
     "wrn_20_8": partial(SmallResNet, blocks=2, channels=(64, 128, 256), stem=16, inner=(128, 256, 512)),
     "cifar_vgg16_bn": SmallVGG,
     # The DenseNet-40-12 of the same tables is the BC variant: bottlenecks and compression 0.5.
     "densenet40_12": partial(SmallDenseNet, depth=40, growth=12),
+    # For pose: the number of classes is that of the joints, and a width scales the stem as well.
+    **{f"hourglass{n}": partial(stacked_hourglass, stacks=n) for n in (1, 2, 4, 6, 8)},
+    "mobilepose": mobile_pose,
 }
 
 
@@ -45,25 +53,30 @@ def create(name: str, num_classes: int, *, pretrained: bool = False, image_size:
 
     Args:
         name: one of `available`, else of torchvision's classifiers, else of timm's; "torchvision/NAME" and
-            "timm/NAME" say which library is meant.
+            "timm/NAME" say which library is meant. Our own take a width behind it, "resnet32@3/4" or "wrn_16_2@0.5":
+            the channels of each stage times this number, rounded down, at least 1; the stem of a classifier stays as
+            it is.
         num_classes: K ≥ 1.
         pretrained: download the library's weights; a last layer for another K stays at its initial values.
         image_size: in pixels, for networks that are built for one size, such as vision transformers.
 
     Raises:
-        ValueError: a name that nobody knows (close ones are listed), a library that is not installed, weights that
-            do not exist, a size that the network does not take.
+        ValueError: a name that nobody knows (close ones are listed), a width that is none, a library that is not
+            installed, weights that do not exist, a size that the network does not take.
     """
     if not isinstance(name, str):
         raise TypeError(f"expected a network's name, got {type(name).__name__}; give adapt() a network itself")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
-    if name in _OWN:
+    base, at, width = name.partition("@")
+    if base in _OWN:
         if pretrained:
             raise ValueError(f"there are no published weights of '{name}'; start from a file with load_weights()")
-        own = _OWN[name](num_classes)
+        own = _OWN[base](num_classes, width=_width(name, width) if at else Fraction(1))
         own.arch = name
         return own
+    if at and ":" not in name:  # timm knows addresses with a colon, which may name a revision behind an @
+        raise ValueError(f"only our own networks take a width, not '{name}'; {_hint(base, [*_OWN])}")
     library, slash, short = name.partition("/")
     if not slash or library not in _LIBRARIES:
         library, short = _find(name), name
@@ -94,9 +107,18 @@ def _find(name: str) -> str:
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    return f"no network is called '{name}'; {_hint(name, known)}"
+
+
+def _hint(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    hint = f"did you mean {', '.join(close)}?" if close else f"our own are {', '.join(_OWN)}"
-    return f"no network is called '{name}'; {hint}"
+    return f"did you mean {', '.join(close)}?" if close else f"our own are {', '.join(_OWN)}"
+
+
+def _width(name: str, text: str) -> Fraction:
+    if re.fullmatch(r"[0-9]+/0*[1-9][0-9]*|[0-9]+(\.[0-9]+)?", text) and (width := Fraction(text)) > 0:
+        return width
+    raise ValueError(f"'{name}': the width behind @ must be a fraction or decimal above 0, such as 3/4 or 0.5")
 
 
 def _torchvision_names() -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import SubNetwork, init_weights
+from .base import SubNetwork, init_weights, scaled
 
 __all__ = ["BasicBlock", "Bottleneck", "SmallResNet"]
 
@@ -53,11 +55,13 @@ class SmallResNet(SubNetwork):
     """conv3×3 → three stages (strides 1, 2, 2) → global average pool → linear.
 
     ``channels`` are the stages' output channels, the first also the stem's unless ``stem`` is given;
-    ``inner``, if given, makes the blocks bottlenecks with these inner channels.
+    ``inner``, if given, makes the blocks bottlenecks with these inner channels. ``width`` scales both, see `scaled`,
+    but not the stem.
     """
 
     default_split = "layer3"
     head_names = ("fc",)
+    stage_names = ("layer1", "layer2", "layer3")
 
     def __init__(
         self,
@@ -67,32 +71,36 @@ class SmallResNet(SubNetwork):
         *,
         stem: int | None = None,
         inner: tuple[int, int, int] | None = None,
+        width: Fraction = Fraction(1),
     ) -> None:
         super().__init__()
+        first = stem or channels[0]
+        out = [scaled(c, width) for c in channels]
         self.num_classes = num_classes
-        self.feature_channels = channels[-1]
-        width = stem or channels[0]
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.feature_channels = out[-1]
+        self.conv1 = nn.Conv2d(3, first, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
 
         def stage(i: int, in_channels: int, stride: int) -> nn.Sequential:
             layer = nn.Sequential()
             for _ in range(blocks):
-                sizes = (in_channels, channels[i], stride)
-                layer.append(Bottleneck(*sizes, inner[i]) if inner else BasicBlock(*sizes))
-                in_channels, stride = channels[i], 1
+                sizes = (in_channels, out[i], stride)
+                layer.append(Bottleneck(*sizes, scaled(inner[i], width)) if inner else BasicBlock(*sizes))
+                in_channels, stride = out[i], 1
             return layer
 
-        self.layer1 = stage(0, width, 1)
-        self.layer2 = stage(1, channels[0], 2)
-        self.layer3 = stage(2, channels[1], 2)
-        self.fc = nn.Linear(channels[2], num_classes)
+        self.layer1 = stage(0, first, 1)
+        self.layer2 = stage(1, out[0], 2)
+        self.layer3 = stage(2, out[1], 2)
+        self.fc = nn.Linear(out[2], num_classes)
         init_weights(self)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)), x
+        first = self.layer1(x)
+        second = self.layer2(first)
+        third = self.layer3(second)
+        return self._outputs(self.fc(F.adaptive_avg_pool2d(third, 1).flatten(1)), third, first, second, third)
 
 
 def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:

@@ -174,8 +174,13 @@ class Traced(nn.Module):
         self.training = source.training
         # The function that torch.fx generates takes the module as an argument and keeps no state, so that every
         # module with these parts can run it: a deep copy too, and from many threads at once.
-        self._forwards = tuple(type(fx.GraphModule(source, g)).forward for g in (eval_graph, train_graph))
+        self._forwards = self._functions(source, eval_graph, train_graph)
+
+    @staticmethod
+    def _functions(source: nn.Module, *graphs: fx.Graph) -> tuple[Callable[..., Any], ...]:
+        return tuple(type(fx.GraphModule(source, graph)).forward for graph in graphs)
 
     def forward(self, x: Tensor) -> Any:
         """What the network's own forward would give for these parts."""
-        return self._forwards[self.training](self, x)
+        evaluated, trained = self._forwards  # not by index: Dynamo of torch 2.10 takes no bool for one
+        return (trained if self.training else evaluated)(self, x)

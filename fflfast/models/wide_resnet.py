@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import SubNetwork, init_weights
+from .base import SubNetwork, init_weights, scaled
 
 __all__ = ["WideResNet"]
 
@@ -29,17 +31,23 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(SubNetwork):
-    """WRN-``depth``-``width``: depth = 6n + 4, n pre-activation blocks in each of three stages."""
+    """WRN-``depth``-``widening``: depth = 6n + 4, n pre-activation blocks in each of three stages.
+
+    ``width`` scales the stages' channels, see `scaled`, but not the stem. A stage's output is the sum before the
+    next batch norm and ReLU, which the next block applies itself.
+    """
 
     default_split = "layer3"
     head_names = ("fc",)
+    stage_names = ("layer1", "layer2", "layer3")
 
-    def __init__(self, num_classes: int, depth: int, width: int) -> None:
+    def __init__(self, num_classes: int, depth: int, widening: int, *, width: Fraction = Fraction(1)) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"a wide ResNet's depth must be 6n + 4 (10, 16, 22, …), got {depth}")
+        out = [scaled(channels * widening, width) for channels in (16, 32, 64)]
         self.num_classes = num_classes
-        self.feature_channels = 64 * width
+        self.feature_channels = out[-1]
 
         def stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
             layer = nn.Sequential(PreActivationBlock(in_channels, channels, stride))
@@ -48,14 +56,16 @@ class WideResNet(SubNetwork):
             return layer
 
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.layer1 = stage(16, 16 * width, 1)
-        self.layer2 = stage(16 * width, 32 * width, 2)
-        self.layer3 = stage(32 * width, 64 * width, 2)
-        self.bn = nn.BatchNorm2d(64 * width)
-        self.fc = nn.Linear(64 * width, num_classes)
+        self.layer1 = stage(16, out[0], 1)
+        self.layer2 = stage(out[0], out[1], 2)
+        self.layer3 = stage(out[1], out[2], 2)
+        self.bn = nn.BatchNorm2d(out[2])
+        self.fc = nn.Linear(out[2], num_classes)
         init_weights(self)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        x = F.relu(self.bn(x), inplace=True)
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)), x
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        first = self.layer1(self.conv1(x))
+        second = self.layer2(first)
+        third = self.layer3(second)
+        x = F.relu(self.bn(third), inplace=True)
+        return self._outputs(self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)), x, first, second, third)
