@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from fflfast.data import DataError, Loader, open_data, random_resized_crop_boxes
+from fflfast.data import decode as decode_module
 from fflfast.data import folder as folder_module
 from fflfast.data.decode import decode_rgb
 
@@ -181,7 +182,7 @@ def test_a_long_image_loses_its_ends_before_it_is_resized(tmp_path, monkeypatch)
         sizes.append(size)
         return torch.nn.functional.interpolate(image, size, **options)
 
-    monkeypatch.setattr(folder_module, "interpolate", resize)
+    monkeypatch.setattr(decode_module, "interpolate", resize)
     picture(3, 900).save(tmp_path / "long.png")
     split = folder_module.FolderSplit("long", [str(tmp_path / "long.png")], [0], 32)
     got = next(Loader(split, batch_size=1, seed=0, train=False).epoch(0)).images[0]

@@ -21,7 +21,7 @@ def array_split(n=50, size=4, channels=3) -> ArraySplit:
 class Faulty:
     """Image i holds i plus the crop's epoch; some cannot be read. Two images a task."""
 
-    name, shape, chunk = "faulty", (3, 2, 2), 2
+    name, shape, fixed, chunk = "faulty", (3, 2, 2), False, 2
 
     def __init__(self, n, bad=()):
         self.targets, self.bad, self.reads = torch.arange(n) % 7, set(bad), []

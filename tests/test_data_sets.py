@@ -292,7 +292,8 @@ def test_files_that_are_there_are_not_downloaded(idx_folder, monkeypatch):
 
 def test_available_names():
     assert available() == (
-        "cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "synthetic", "synthetic-imagenet",
+        "cifar10", "cifar100", "coco-keypoints", "digits", "fashion_mnist", "imagefolder", "lspet", "synthetic",
+        "synthetic-imagenet",
     )  # fmt: skip
 
 

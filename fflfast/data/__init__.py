@@ -9,7 +9,8 @@ needs them.
 from __future__ import annotations
 
 from .arrays import ArraySplit
-from .batch import Batch, CropKey, DataBundle, DataError, Split
+from .batch import Batch, CropKey, DataBundle, DataError, Keypoints, Split
+from .coco_keypoints import CocoSplit
 from .loader import Loader
 from .order import permutation, random_resized_crop_boxes
 from .prefetch import prefetch
@@ -20,9 +21,11 @@ from .sets import available, open_data
 __all__ = [
     "ArraySplit",
     "Batch",
+    "CocoSplit",
     "CropKey",
     "DataBundle",
     "DataError",
+    "Keypoints",
     "Loader",
     "ResidentLoader",
     "Split",

@@ -42,6 +42,7 @@ class ArraySplit:
         DataError: no image, or a target out of range, named.
     """
 
+    fixed = True
     chunk: int | None = None
 
     def __init__(

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from .batch import CropKey, DataBundle, DataError
-from .decode import SUFFIXES, decode_rgb
+from .decode import PHOTO_MEAN, PHOTO_STD, SUFFIXES, read_rgb, resize
 from .order import random_resized_crop_boxes
 
 __all__ = ["FolderSplit", "imagefolder"]
@@ -35,6 +34,7 @@ class FolderSplit:
         image_size: in pixels.
     """
 
+    fixed = False
     chunk: int | None = 4
 
     def __init__(self, name: str, files: Sequence[str], targets: Sequence[int], image_size: int) -> None:
@@ -49,11 +49,9 @@ class FolderSplit:
         """Decode images ``index`` once each, write a crop into every view; see `Split`."""
         failed = {}
         for row, place in enumerate(index.tolist()):
-            try:
-                image = decode_rgb(self.files[place])
-            except (OSError, ValueError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                failed[row] = f"{self.files[place]!r} cannot be read ({reason})"
+            image = read_rgb(self.files[place])
+            if isinstance(image, str):
+                failed[row] = image
                 continue
             for number, view in enumerate(views):
                 cut = self._centre(image) if crop is None else self._random(image, place, crop, number)
@@ -69,7 +67,7 @@ class FolderSplit:
             view=view,
         )
         top, left, height, width = boxes[0].tolist()
-        return _resize(image[:, top : top + height, left : left + width], *self.shape[1:])
+        return resize(image[:, top : top + height, left : left + width], *self.shape[1:])
 
     def _centre(self, image: Tensor) -> Tensor:
         size = self.shape[-1]
@@ -80,7 +78,7 @@ class FolderSplit:
                 image = image.narrow(dim, surplus // 2, _LONGEST * shorter)
         resized = round(size * 8 / 7)
         height, width = (resized * side // shorter for side in image.shape[-2:])
-        image = _resize(image, height, width)
+        image = resize(image, height, width)
         top, left = round((height - size) / 2), round((width - size) / 2)
         return image[:, top : top + size, left : left + size]
 
@@ -137,8 +135,8 @@ def imagefolder(data_dir: Path | None, *, download: bool = False, image_size: in
         test=splits[1],
         num_classes=len(classes),
         class_names=tuple(classes),
-        mean=(123.675, 116.28, 103.53),
-        std=(58.395, 57.12, 57.375),
+        mean=PHOTO_MEAN,
+        std=PHOTO_STD,
         image_size=size,
         recipe={"pad": 0, "flip": True},
     )
@@ -167,10 +165,3 @@ def _image_files(folder: Path) -> list[str]:
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
     return found
-
-
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    # Copies are left to NumPy here: PyTorch would start threads of its own in each of the loader's.
-    # Pixels side by side (H, W, 3) are what its resizing is fast on.
-    pixels = torch.from_numpy(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    return interpolate(pixels.permute(2, 0, 1)[None], (height, width), mode="bilinear", antialias=True)[0]

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .arrays import ArraySplit
-from .batch import Batch, Split
+from .batch import Batch, DataError, Split
 from .sampler import Sampler
 
 __all__ = ["ResidentLoader", "resident_bytes"]
@@ -21,11 +20,12 @@ def resident_bytes(split: Split, limit: int | None = None) -> int | None:
 
     None for splits that cannot lie there: those whose images are decoded or cropped when they are read.
     """
-    if not isinstance(split, ArraySplit):
+    if not split.fixed:
         return None
     channels, height, width = split.shape
     count = len(split) if limit is None else min(limit, len(split))
-    return count * (channels * height * width + 2 * torch.int64.itemsize)  # a target and a place
+    target = split.targets[0].numel() * split.targets.itemsize
+    return count * (channels * height * width + target + torch.int64.itemsize)  # image, target and place
 
 
 class ResidentLoader(Sampler):
@@ -36,12 +36,13 @@ class ResidentLoader(Sampler):
     a whole step from its inputs on can be captured in a CUDA graph.
 
     Args:
-        split: an `ArraySplit`, see `resident_bytes`.
+        split: whose images are ``fixed``, see `resident_bytes`.
         device: where the images go.
         batch_size, seed, train, drop_last, limit, rank, world, lead: see `Loader`.
 
     Raises:
         TypeError, ValueError: an argument out of range, no batch at all, or a split that cannot lie on a device.
+        DataError: images that cannot be read.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class ResidentLoader(Sampler):
         self._images = torch.empty((self.num_images, *split.shape), dtype=torch.uint8, device=self.device)
         for places, target in zip(self.places.split(_CHUNK), self._images.split(_CHUNK), strict=True):
             read = torch.empty(target.shape, dtype=torch.uint8, device="cpu")
-            split.fill([read], places, None)
+            failed = split.fill([read], places, None)
+            if failed:
+                raise DataError(f"{split.name}: {'; '.join(failed.values())}; restore or remove the file")
             target.copy_(read)
         self._targets = split.targets[self.places].to(self.device)
         self._places = self.places.to(self.device)

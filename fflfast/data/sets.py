@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .arrays import digits, synthetic, synthetic_imagenet
 from .batch import DataBundle, DataError
 from .cifar import cifar
+from .coco_keypoints import coco_keypoints
 from .fashion_mnist import fashion_mnist
 from .folder import imagefolder
+from .lspet import lspet
 from .order import check_counter
 
 __all__ = ["available", "open_data"]
 
-_FROM_FILES = ("cifar10", "cifar100", "fashion_mnist", "imagefolder")
+_FROM_FILES: dict[str, Callable[..., DataBundle]] = {
+    "cifar10": partial(cifar, "cifar10"),
+    "cifar100": partial(cifar, "cifar100"),
+    "coco-keypoints": coco_keypoints,
+    "fashion_mnist": fashion_mnist,
+    "imagefolder": imagefolder,
+    "lspet": lspet,
+}
 _EMBEDDED = ("digits", "synthetic", "synthetic-imagenet")
 
 
 def available() -> tuple[str, ...]:
     """Return the names that `open_data` takes."""
-    return tuple(sorted(_FROM_FILES + _EMBEDDED))
+    return tuple(sorted((*_FROM_FILES, *_EMBEDDED)))
 
 
 def open_data(
@@ -35,12 +46,13 @@ def open_data(
 
     Args:
         name: ``digits``, ``synthetic`` and ``synthetic-imagenet`` need no files; ``fashion_mnist``, ``cifar10``,
-            ``cifar100`` and ``imagefolder`` read them from ``data_dir``.
+            ``cifar100``, ``imagefolder``, ``lspet`` and ``coco-keypoints`` read them from ``data_dir``.
         data_dir: the folder of the files, or the folder that holds that folder. None only where a
             default exists.
         download: fetch missing files into data_dir, checked against published checksums; nothing is
             fetched otherwise.
-        image_size: side of the square images, in pixels, ≥ 1; None for the data set's own (imagefolder: 224).
+        image_size: side of the square images, in pixels, ≥ 1; None for the data set's own (imagefolder: 224,
+            lspet: 128, coco-keypoints: 256).
         seed: of the synthetic data sets; no other depends on it.
 
     Raises:
@@ -62,10 +74,6 @@ def open_data(
         return (synthetic if name == "synthetic" else synthetic_imagenet)(image_size, seed=seed)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     try:
-        if name == "imagefolder":
-            return imagefolder(folder, download=download, image_size=image_size)
-        if name == "fashion_mnist":
-            return fashion_mnist(folder, download=download, image_size=image_size)
-        return cifar(name, folder, download=download, image_size=image_size)
+        return _FROM_FILES[name](folder, download=download, image_size=image_size)
     except OSError as error:
         raise DataError(f"{name}: {error}; check --data-dir and its permissions") from error

@@ -15,6 +15,8 @@ __all__ = [
     "FLIP",
     "MIX_KIND",
     "MIX_RATIO",
+    "ROTATION",
+    "ZOOM",
     "below",
     "hash_words",
     "scaled",
@@ -23,7 +25,7 @@ __all__ = [
 
 _MASK = 0xFFFFFFFF
 # One stream of draws for each decision.
-CROP_TOP, CROP_LEFT, FLIP, MIX_KIND, MIX_RATIO, CUT_ROW, CUT_COLUMN = range(7)
+CROP_TOP, CROP_LEFT, FLIP, MIX_KIND, MIX_RATIO, CUT_ROW, CUT_COLUMN, ROTATION, ZOOM = range(9)
 
 
 def _scramble(x: int | Tensor) -> int | Tensor:
@@ -54,8 +56,8 @@ def below(key: Tensor, stream: int, bound: int) -> Tensor:
     return scaled(cast(Tensor, hash_words(key, stream)), bound)
 
 
-def scaled(draw: Tensor, bound: int) -> Tensor:
-    """Turn 32 random bits into a number from 0 … bound − 1."""
+def scaled(draw: Tensor, bound: int | Tensor) -> Tensor:
+    """Turn 32 random bits into a number from 0 … bound − 1, or 0 where bound is 0."""
     return (draw * bound) >> 32
 
 
