@@ -153,7 +153,7 @@ class Cohort(nn.Module):
                 )
             trunk_features, trunk_stages = _trunk_output(self.trunk(x if views is None else torch.cat(views)))
             shared = _scale_gradient(trunk_features, self.trunk_gradient_scale)
-            inputs = [shared] * count if views is None else shared.split(len(views[0]))
+            inputs = [shared] * count if views is None else shared.chunk(count)
         else:
             inputs = [x] * count if views is None else views  # type: ignore[list-item]
         thunks = [_thunk(net, inputs[k], k) for k, net in enumerate(self.sub_networks)]
@@ -177,6 +177,11 @@ class Cohort(nn.Module):
         """Channels of the trunk's output, None without a trunk; found as `feature_channels` are."""
         found = None if self.trunk is None else self._probe().trunk_features
         return None if found is None else found.shape[1]
+
+    @property
+    def stage_shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Shapes (C, H, W) of each sub-network's stages for one small blank image; empty for one that returns none."""
+        return tuple(tuple(tuple(stage.shape[1:]) for stage in stages) for stages in self._probe().stages)
 
     @torch.no_grad()
     def _probe(self) -> CohortOutput:

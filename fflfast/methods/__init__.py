@@ -5,19 +5,77 @@ from __future__ import annotations
 import difflib
 import importlib
 
+from .afd import AFD
 from .base import Method, MethodOptions
+from .cl import CL
 from .dml import DML, DMLOptions
 from .ffl import FFL, FFLOptions
+from .kd import KD
+from .kdcl import KDCL
+from .mcl import MCL
+from .oem import OEM
+from .okddip import OKDDip
+from .okdhp import OKDHP
+from .one import ONE
+from .pcl import PCL
 from .single import Single
 
-__all__ = ["DML", "FFL", "DMLOptions", "FFLOptions", "Method", "MethodOptions", "Single", "available", "resolve"]
+__all__ = [
+    "AFD",
+    "CL",
+    "DML",
+    "FFL",
+    "KD",
+    "KDCL",
+    "MCL",
+    "OEM",
+    "OKDHP",
+    "ONE",
+    "PCL",
+    "DMLOptions",
+    "FFLOptions",
+    "Method",
+    "MethodOptions",
+    "OKDDip",
+    "Single",
+    "available",
+    "default",
+    "resolve",
+]
 
-_METHODS: dict[str, type[Method]] = {"ffl": FFL, "dml": DML, "single": Single}
+_METHODS: dict[str, type[Method]] = {
+    "ffl": FFL,
+    "dml": DML,
+    "kd": KD,
+    "cl": CL,
+    "one": ONE,
+    "okddip": OKDDip,
+    "kdcl": KDCL,
+    "pcl": PCL,
+    "oem": OEM,
+    "mcl": MCL,
+    "afd": AFD,
+    "okdhp": OKDHP,
+    "single": Single,
+}
 
 
 def available() -> tuple[str, ...]:
     """Short names that `resolve` knows."""
     return tuple(_METHODS)
+
+
+def default(task: str) -> str:
+    """The short name of the method that a run takes which names its task ("classification", "pose") alone.
+
+    Raises:
+        ValueError: no method is for that task.
+    """
+    for name, method in _METHODS.items():
+        if method.task == task:
+            return name
+    tasks = sorted({method.task for method in _METHODS.values()})
+    raise ValueError(f"expected one of {', '.join(tasks)}, got {task!r}")
 
 
 def resolve(name: str) -> type[Method]:

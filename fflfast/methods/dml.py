@@ -4,7 +4,8 @@ L = Σ_i [CE(z_i) + λ/(N−1) · Σ_{j≠i} KL(p_j ‖ p_i)], teachers detached
 Lu, CVPR 2018, arXiv 1706.00384.
 
 Departure: the paper updates the networks one after the other and recomputes the predictions in between; here all
-learn from the predictions of one forward, in one backward, as every later work does.
+learn from the predictions of one forward, in one backward, as every later work does. The recipe is the one that FFL's
+code has for CIFAR. As in the paper the networks share no layer unless a run asks for a trunk.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class DML(Method):
     """
 
     Options = DMLOptions
+    shared_stages = -1
 
     def __init__(self, cohort: Cohort, num_classes: int, options: DMLOptions | None = None) -> None:
         super().__init__(cohort, num_classes, options)
