@@ -22,7 +22,7 @@ Online mutual knowledge distillation: sub-networks that teach each other.
   train    train a cohort                        fflfast train --data digits --arch resnet20 --arch resnet20
   eval     test a run or an exported file        fflfast eval RUN
   export   write a run's networks as plain files fflfast export RUN
-  plot     draw a run's curves                   fflfast plot RUN
+  plot     draw a run's curves, or a method      fflfast plot RUN | fflfast plot graph METHOD
   bench    how fast a cohort trains here         fflfast bench train --arch resnet32 --arch resnet32
   doctor   each backend against float64          fflfast doctor --quick
 
@@ -126,9 +126,8 @@ def _train(argv: Sequence[str]) -> None:
 def _eval(argv: Sequence[str]) -> None:
     from rich.console import Console
 
-    from .tasks import Task
-    from .training import evaluate
-    from .training.report import score_table
+    from .training.evaluation import judge, open_subject
+    from .training.report import details_table, score_table
 
     parser = _Parser(
         prog="fflfast eval", description="Test a run, a checkpoint or an exported file.", allow_abbrev=False
@@ -140,11 +139,22 @@ def _eval(argv: Sequence[str]) -> None:
     parser.add_argument("--weights", default="last", choices=("last", "best"), help="which weights of a run")
     parser.add_argument("--limit-test", "--limit_test", type=int, help="images to test on (default: as the run was)")
     parser.add_argument("--workers", type=int, default=0, help="threads that load images")
+    parser.add_argument("--coco-json", "--coco_json", help="for pose: write the results here too, in COCO's format")
     options = vars(parser.parse_args(argv))
-    path = options.pop("path")
-    scores = evaluate(path, **options)
+    path, coco_json = options.pop("path"), options.pop("coco_json")
+    precision = {}
+    if coco_json is not None:
+        from .training.coco import evaluate_ap
+
+        precision = evaluate_ap(path, coco_json, **options)
+    metric, scores, details = judge(open_subject(path, **options))
     rows = [(name, "", score) for name, score in scores.items()]
-    Console(highlight=False).print(score_table(str(path), f"test {Task.metric_name}", rows, exact=True))
+    console = Console(highlight=False)
+    console.print(score_table(str(path), f"test {metric}", rows, exact=True))
+    if details:
+        console.print(details_table(f"test {metric} % of each joint", details, scores))
+    if coco_json is not None:
+        console.print("  ".join([coco_json, *(f"{name} {100 * value:.2f}" for name, value in precision.items())]))
 
 
 def _export(argv: Sequence[str]) -> None:
@@ -163,16 +173,56 @@ def _export(argv: Sequence[str]) -> None:
         print(path)
 
 
-def _plot(argv: Sequence[str]) -> None:
-    from .training import plot
+_OF_PREDICTIONS = {
+    "data-dir": "folder of the data set (default: where it was)",
+    "device": "auto, cpu, cuda, cuda:N or mps (default: auto)",
+    "weights": "last or best (default: last)",
+}
 
+
+def _plot(argv: Sequence[str]) -> None:
+    if argv and argv[0] == "graph":
+        _plot_graph(argv[1:])
+        return
     parser = _Parser(
-        prog="fflfast plot", description="Draw loss terms and test accuracies of runs.", allow_abbrev=False
+        prog="fflfast plot",
+        description="Draw loss terms and test scores of runs; with --predictions what a pose run sees in test images. "
+        "fflfast plot graph METHOD draws who teaches whom (a run in a folder of that name is ./graph).",
+        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", help="image file, .png, .svg or .pdf (default: RUN/curves.png)")
+    parser.add_argument("--predictions", type=int, metavar="N", help="draw predicted skeletons on N test images")
+    parser.add_argument("--out", help="image file, .png, .svg or .pdf (default: in RUN)")
+    for name, text in _OF_PREDICTIONS.items():
+        parser.add_argument(f"--{name}", dest=name.replace("-", "_"), help=f"with --predictions: {text}")
+    options = vars(parser.parse_args(argv))
+    runs, out, count = options.pop("runs"), options.pop("out"), options.pop("predictions")
+    options = {name: value for name, value in options.items() if value is not None}
+    if count is None:
+        from .training import plot
+
+        if options:
+            raise _UsageError(f"--{next(iter(options)).replace('_', '-')} belongs to --predictions; leave it away")
+        print(plot(runs, out))
+        return
+    if len(runs) != 1:
+        raise _UsageError(f"--predictions: expected one run, got {len(runs)}; draw one after the other")
+    from .training.skeletons import draw_predictions
+
+    print(draw_predictions(runs[0], out, count=count, **options))
+
+
+def _plot_graph(argv: Sequence[str]) -> None:
+    from .training.graphs import plot_graph
+
+    parser = _Parser(prog="fflfast plot graph", description="Draw who teaches whom by a method.", allow_abbrev=False)
+    parser.add_argument("method", metavar="METHOD", help="a short name, or package.module:Class")
+    parser.add_argument(
+        "--sub-networks", "--sub_networks", type=int, metavar="N", help="how many networks learn together (default: 2)"
+    )
+    parser.add_argument("--out", help="image file, .svg, .png or .pdf (default: METHOD.svg)")
     options = parser.parse_args(argv)
-    print(plot(options.runs, options.out))
+    print(plot_graph(options.method, options.sub_networks, options.out))
 
 
 def _bench(argv: Sequence[str]) -> None:

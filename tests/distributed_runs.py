@@ -20,8 +20,9 @@ from training_runs import Noisy, flags, run, small
 
 from fflfast.cli import main
 from fflfast.cohort import Cohort, Learner
+from fflfast.tasks import classification
 from fflfast.tasks.classification import Accuracy
-from fflfast.training import feeding, loop, step, train
+from fflfast.training import feeding, loop, train
 from fflfast.training.guard import StepGuard
 from fflfast.training.processes import _Several
 from fflfast.training.step import TrainStep
@@ -80,14 +81,14 @@ def noisy(name: str, *disturbances: Disturbance, resume: str | None = None, **ch
 
 def keep_order(name: str) -> None:
     """Append which images each step sees to NAME-order-RANK.jsonl."""
-    original = step.augment
+    original = classification.augment
 
     def kept(images, index, *, epoch, **options):
         with open(f"{name}-order-{rank()}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps([int(epoch), index.tolist()]) + "\n")
         return original(images, index, epoch=epoch, **options)
 
-    step.augment = kept
+    classification.augment = kept
 
 
 def keep_weights(name: str) -> None:

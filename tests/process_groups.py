@@ -17,7 +17,7 @@ from torch import nn
 
 from fflfast.data import DataError
 from fflfast.training import ConfigError, checkpoint, heartbeat
-from fflfast.training.buffers import average_buffers, gather_state, own_state
+from fflfast.training.buffers import average_buffers, gather_state, own_buffers, own_state
 from fflfast.training.checkpoint import Snapshot
 from fflfast.training.errors import ProcessLost, TrainingError, is_told_elsewhere
 from fflfast.training.processes import SINGLE, Processes, start
@@ -140,6 +140,15 @@ def buffers(p):
     assert now["learner/0.num_batches_tracked"] == 2
     for buffer, before in zip(learner[2].buffers(), same, strict=True):
         assert torch.equal(buffer, before)
+    memory = nn.Module()
+    memory.method = nn.BatchNorm1d(2)
+    memory.method.replicated = ("running_mean", "num_batches_tracked")
+    memory.method.running_mean.fill_(p.rank)  # no method does this: it shows that nobody looks
+    memory.method.running_var.fill_(p.rank)
+    average_buffers(memory, p)
+    assert own_buffers(memory).keys() == {"method.running_var"}
+    assert memory.method.running_mean.tolist() == [p.rank] * 2
+    assert memory.method.running_var.tolist() == [0.5] * 2
     assert (extra is None) == (p.rank == 1)
     snapshot = p.broadcast(extra)
     assert not any(name.startswith("learner/2") for name in snapshot.tensors)  # equal on both

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL
 
-from fflfast.data import Batch, Loader
+from fflfast.data import Batch, Loader, Split
 from fflfast.methods import FFL
 from fflfast.ops.augment import normalization_table
-from fflfast.tasks import task_of
 from fflfast.training import TrainConfig, resolve
 from fflfast.training.build import build_learner
+from fflfast.training.feeding import task_for
 from fflfast.training.processes import Processes
 from fflfast.training.step import TrainStep
 
@@ -69,27 +71,39 @@ def make(
     batch_of: Callable[[torch.Tensor], Batch] | None = None,
     processes: Processes | None = None,
     amp: str = "off",
+    frozen: torch.nn.Module | None = None,
     **changes,
 ) -> TrainStep:
-    """Return the step of a small run; ``prepare`` gets the learner before the step is built."""
+    """Return the step of a small run.
+
+    ``prepare`` gets the learner before the step is built; ``frozen`` is the teacher of a method that needs one.
+    """
     config, data, _ = resolve(TrainConfig(**{**SMALL, **changes}))
     config = dataclasses.replace(config, amp=amp)  # here a CPU may take fp16 too
-    learner = build_learner(config, data.num_classes).to(dtype)
+    learner = build_learner(config, data.num_classes, teacher=frozen).to(dtype)
     prepare(learner)
+    learner.method.attach(data.train.targets)
     if config.channels_last:
         learner.to(memory_format=torch.channels_last)
     learner.train()
-    task = task_of(data.num_classes, seed=config.seed, mixup=config.mixup, cutmix=config.cutmix)
     table = normalization_table(data.mean, data.std).to(dtype)
-    step = TrainStep(learner, task, table, config, CPU, processes=processes or Processes(), batch_of=batch_of)
+    step = TrainStep(
+        learner, task_for(config, data), table, config, CPU, processes=processes or Processes(), batch_of=batch_of
+    )
     step.set_schedule(learning_rate=0.05, kl_weight=0.5)
     return step
 
 
+@functools.cache
+def _training_images() -> Split:
+    return resolve(TrainConfig(**SMALL)).data.train
+
+
 def batches(step: TrainStep, count: int, size: int | None = None) -> list[Batch]:
     """Return the first batches of the step's data."""
-    data = resolve(TrainConfig(**SMALL)).data
-    loader = Loader(data.train, batch_size=size or SMALL["batch_size"], seed=0, train=True, limit=SMALL["limit_train"])
+    loader = Loader(
+        _training_images(), batch_size=size or SMALL["batch_size"], seed=0, train=True, limit=SMALL["limit_train"]
+    )
     return [batch for batch, _ in zip(loader.epoch(0), range(count), strict=False)]
 
 
@@ -101,7 +115,7 @@ def rows(batch: Batch, start: int, stop: int) -> Batch:
 def freeze_norms(learner: torch.nn.Module) -> None:
     """Let every batch norm use its running statistics, whatever mode the learner is in."""
     for module in learner.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, _BatchNorm):
             module.eval().train = lambda mode=True, module=module: module
 
 
@@ -110,9 +124,10 @@ def gradients(step: TrainStep) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
 
     def look(*_):
-        seen.update({name: p.grad.clone() for name, p in step.learner.named_parameters()})
+        seen.update({name: p.grad.clone() for name, p in step.learner.named_parameters() if p.grad is not None})
 
-    step.optimizer.register_step_pre_hook(look)
+    for optimizer in step.optimizers:
+        optimizer.register_step_pre_hook(look)
     return seen
 
 

@@ -177,3 +177,24 @@ def test_averaging_goes_with_every_layout():
     left, right = (step.averages.tensors() for step in steps)
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_not_learned_keeps_its_own_value():
+    """Frozen parameters, which may move otherwise, and a memory that the method keeps equal over the processes."""
+    net = nn.Module()
+    net.peer, net.method = _Net(), _Net()
+    net.peer.conv.requires_grad_(False)
+    net.method.register_buffer("memory", torch.zeros(5))
+    net.method.replicated = ("memory",)
+    averages = Averages(net, 0.5)
+    left_out = {"peer.conv.weight", "peer.conv.bias", "method.memory"}
+    assert averages.tensors().keys() == {*net.state_dict(), "updates"} - left_out
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        _move(net, generator)
+        averages.update()
+    own = {name: value.clone() for name, value in net.state_dict().items()}
+    with averages.applied():
+        for name, value in net.state_dict().items():
+            assert torch.equal(value, own[name]) == (name in left_out or "tracked" in name), name
+    assert all(torch.equal(value, own[name]) for name, value in net.state_dict().items())

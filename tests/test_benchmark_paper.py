@@ -21,7 +21,9 @@ def finished(paper, method, seed, accuracies, seconds=600.0):
     """A run whose outputs have these accuracies, of 10,000 images."""
     names = ("sub0",) if method == "single" else ("sub0", "sub1", "ensemble", "fused")
     scores = {name: {"accuracy": value / 100} for name, value in zip(names, accuracies, strict=True)}
-    return paper.Run(method, seed, {"scores": scores, "seconds": seconds}, "commit abc, torch 2, one GPU")
+    summary = {"scores": scores, "seconds": seconds, "best": {"output": names[-1]}}
+    matrix = module("matrix")
+    return matrix.Run(matrix.Job(method, seed, None), summary, "commit abc, torch 2, one GPU")
 
 
 @pytest.fixture
@@ -69,31 +71,16 @@ def test_a_shortened_schedule_is_called_so_and_stands_beside_nothing_published(p
     assert "| 20 s |" in text
 
 
-def test_only_what_stands_between_the_markers_is_replaced(paper):
-    once = paper.replaced(DOCUMENT, "new\ntable")
-    assert once == DOCUMENT.replace("Not run yet.", "new\ntable")
-    assert paper.replaced(once, "Not run yet.") == DOCUMENT
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["no markers", f"{DOCUMENT}{DOCUMENT}", "<!-- paper: end --> <!-- paper: begin -->", "<!-- paper: begin -->"],
-    ids=["none", "twice", "reversed", "one"],
-)
-def test_a_document_without_one_pair_of_markers(paper, text):
-    with pytest.raises(ValueError, match="expected one line <!-- paper: begin -->"):
-        paper.replaced(text, "new")
-
-
-def test_the_document_of_the_repository_has_its_markers(paper):
-    assert paper.replaced(paper.DOCUMENT.read_text(encoding="utf-8"), "x")
+def test_the_document_of_the_repository_has_its_markers():
+    matrix = module("matrix")
+    assert "\n\nx\n\n" in matrix.Document(matrix.DOCUMENT, "paper").replaced("x")
 
 
 def options(tmp_path, **changes):
     (tmp_path / "results.md").write_text(DOCUMENT, encoding="utf-8")
     settings = {
         "data": "digits", "arch": "tiny", "data_dir": None, "runs": tmp_path / "runs", "epochs": 1, "device": "cpu",
-        "amp": "off", "results": tmp_path / "results.md",
+        "amp": "off", "results": tmp_path / "results.md", "minutes": None, "csv": None,
     }  # fmt: skip
     return argparse.Namespace(**{**settings, **changes})
 
@@ -108,8 +95,8 @@ def test_every_missing_run_is_trained_and_no_other(paper, tmp_path, monkeypatch,
     assert f"| fused | {100 * summary['scores']['fused']['accuracy']:.2f} | – | 1 |" in text
     assert "so far ffl seed 1, single seed 1." in text
     out = capsys.readouterr().out
-    assert "run 1 of 2: ffl, seed 1" in out
-    assert "run 2 of 2: single, seed 1" in out
+    assert "run 1 of 2: ffl-seed1\n" in out
+    assert "run 2 of 2: single-seed1\n" in out
 
     trained = []
     train = module("accuracy").train
@@ -132,7 +119,7 @@ def test_an_interrupted_run_goes_on(paper, tmp_path):
         "import argparse, os; from pathlib import Path\n"
         "from benchmarks import paper; from fflfast.training import loop\n"
         f"asked = argparse.Namespace(data='digits', arch='tiny', data_dir=None, runs=Path({str(asked.runs)!r}),\n"
-        f"    epochs=3, device='cpu', amp='off', results=Path({str(asked.results)!r}))\n"
+        f"    epochs=3, device='cpu', amp='off', minutes=None, csv=None, results=Path({str(asked.results)!r}))\n"
         "step = loop.TrainStep.__call__\n"
         "def dying(self, *arguments, epoch, **options):\n"
         "    if epoch == 1 and options['step'] == 3: os._exit(9)\n"

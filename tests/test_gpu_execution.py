@@ -21,10 +21,10 @@ from fflfast import streams
 from fflfast.data import Batch, Loader
 from fflfast.execution import PLANS, Graph, create
 from fflfast.ops.augment import normalization_table
-from fflfast.tasks import task_of
 from fflfast.training import TrainConfig, resolve
 from fflfast.training.autotune import choose
 from fflfast.training.build import build_learner
+from fflfast.training.feeding import task_for
 from fflfast.training.step import TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -101,16 +101,17 @@ def test_the_delays_show_a_missing_wait(monkeypatch):
     assert not torch.equal(got["losses"], want["losses"])
 
 
-def real_step(name, **changes):
+def real_step(name, *, frozen=None, **changes):
     """Return a step as the trainer builds it, on the GPU, and batches for it, the last of them short."""
     config, data, _ = resolve(TrainConfig(**{**SMALL, "device": "cuda", **changes}))
-    learner = build_learner(config, data.num_classes).to(CUDA)
+    learner = build_learner(config, data.num_classes, teacher=frozen)
+    learner.method.attach(data.train.targets)
+    learner.to(CUDA)
     if config.channels_last:
         learner.to(memory_format=torch.channels_last)
     learner.train()
-    task = task_of(data.num_classes, seed=config.seed, mixup=config.mixup, cutmix=config.cutmix)
     table = normalization_table(data.mean, data.std)
-    step = TrainStep(learner, task, table, config, CUDA, plan=create(name, learner, CUDA))
+    step = TrainStep(learner, task_for(config, data), table, config, CUDA, plan=create(name, learner, CUDA))
     loader = Loader(data.train, batch_size=config.batch_size, seed=0, train=True, limit=config.limit_train)
     return step, [Batch(*(part.to(CUDA) for part in batch)) for batch in loader.epoch(0)]
 
@@ -130,6 +131,7 @@ OPTIONS = {
     "fp16": {"method": NOISY, "amp": "fp16", "nan": "skip", "channels_last": True},
     "bf16": {"amp": "bf16", "channels_last": True, "clip_norm": 0.5},
     "parts, mixing": {"accumulate": 2, "mixup": 0.2, "cutmix": 1.0},
+    "adam": {"optimizer": "adam", "lr": 1e-3, "amp": "fp16", "nan": "skip", "clip_norm": 0.5},
 }
 
 

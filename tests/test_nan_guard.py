@@ -40,7 +40,7 @@ def _all(step):
     """Everything that a bad step must leave alone."""
     counts = step.losses.state()
     averages = step.averages.tensors().values() if step.averages else ()
-    momentum = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+    momentum = [state["momentum_buffer"] for state in step.optimizers[0].state.values()]
     sums = torch.tensor([*counts["sums"], counts["images"]], dtype=torch.float64)
     return bits([*step.learner.state_dict().values(), *momentum, *averages, *step.metric.tensors(), sums])
 
@@ -213,9 +213,9 @@ def test_a_buffer_that_overlaps_itself_is_refused_by_name():
 
 def test_an_optimizer_that_cannot_skip_is_refused(monkeypatch):
     def unfused(learner, config):
-        return torch.optim.SGD(learner.parameters(), lr=config.lr)
+        return [torch.optim.SGD(learner.parameters(), lr=config.lr)]
 
-    monkeypatch.setattr(step_module, "build_optimizer", unfused)
+    monkeypatch.setattr(step_module, "build_optimizers", unfused)
     with pytest.raises(ValueError, match="nan: skip needs a fused optimizer"):
         make(nan="skip")
     step = make(nan="raise")

@@ -8,7 +8,6 @@ import os
 import pytest
 
 from fflfast.cli import main
-from fflfast.tasks import Task
 from fflfast.training import ConfigError, plot
 
 EPOCHS = [
@@ -18,7 +17,7 @@ EPOCHS = [
         "step": 4 * (epoch + 1),
         "loss": 2.0,
         "ce/sub0": 2.0 - epoch / 2,
-        f"test_{Task.metric_name}/sub0": 0.5 + epoch / 10,
+        "test_accuracy/sub0": 0.5 + epoch / 10,
     }
     for epoch in range(2)
 ]
@@ -109,11 +108,14 @@ def test_the_file_is_where_it_says(folder, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_accuracies_go_by_the_tasks_name_for_them(monkeypatch, tmp_path, labels):
-    """The trainer writes what the task calls its metric; a plot reads just that."""
-    monkeypatch.setattr(Task, "metric_name", "recall")
-    folder = _record(
-        tmp_path / "run", _lines(*({**e, "test_recall/fused": 0.1, "train_recall/sub0": 1} for e in EPOCHS))
-    )
-    plot([folder])
-    assert labels == ["ce/sub0", "test_accuracy/sub0", "fused"]
+def test_scores_go_by_the_name_that_the_records_have(tmp_path, labels, monkeypatch):
+    """The trainer writes what the task calls its metric; a plot takes the name from there."""
+    from matplotlib.axes import Axes
+
+    axes = []
+    monkeypatch.setattr(Axes, "set_ylabel", lambda self, label: axes.append(label))
+    epochs = [{key.replace("accuracy", "PCK@0.2"): value for key, value in e.items()} for e in EPOCHS]
+    epochs = [{**e, "test_PCK@0.2/fused": 0.1, "train_PCK@0.2/sub0": 1} for e in epochs]
+    plot([_record(tmp_path / "run", _lines(*epochs))])
+    assert labels == ["ce/sub0", "sub0", "fused"]
+    assert axes == ["loss term, mean of the epoch", "test PCK@0.2 %"]

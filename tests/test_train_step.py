@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fflfast
 from fflfast import execution
 from fflfast.data import Batch
-from fflfast.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from fflfast.training.optimizer import build_optimizers, optimizer_tensors, restore_optimizers
 
 NOISY = "training_runs:Noisy"
 # Options that add work to a step; every plan must give the same bits with each.
@@ -39,7 +39,7 @@ def _run(step, some, epoch=0):
 
 def _everything(step):
     """All that a step leaves behind, collected without asking it what that is."""
-    optimizer = optimizer_tensors(step.optimizer, step.learner)
+    optimizer = optimizer_tensors(step.optimizers, step.learner)
     averages = step.averages.tensors() if step.averages else {}
     measures = [step.losses.state(), step.metric.state(), step.scaler.state_dict(), int(step.state.step)]
     return bits([*step.learner.state_dict().values(), *optimizer.values(), *averages.values()]), measures
@@ -93,7 +93,7 @@ def test_a_step_reads_nothing_from_the_device(options, parts):
     float_batch = Batch(torch.zeros(24, 3, 8, 8), batch.target, batch.index)
     with Reads() as alone, step.autocast():
         step.learner(float_batch, step.state).loss.backward()
-    step.optimizer.zero_grad(set_to_none=True)
+    step.optimizers[0].zero_grad(set_to_none=True)
     with Reads() as reads:
         step.set_schedule(learning_rate=0.1, kl_weight=0.5)
         step(batch, epoch=0, step=0)
@@ -113,8 +113,8 @@ class _Fills(TorchDispatchMode):
 
 def test_the_learning_rate_is_the_states_tensor_and_unchanged_values_launch_nothing():
     step = make()
-    assert len(step.optimizer.param_groups) == 2
-    assert all(group["lr"] is step.state.learning_rate for group in step.optimizer.param_groups)
+    assert len(step.optimizers[0].param_groups) == 2
+    assert all(group["lr"] is step.state.learning_rate for group in step.optimizers[0].param_groups)
     with _Fills() as fills:
         step.set_schedule(learning_rate=0.05, kl_weight=0.5)
     assert fills.count == 0
@@ -123,10 +123,10 @@ def test_the_learning_rate_is_the_states_tensor_and_unchanged_values_launch_noth
     assert fills.count == 1
     assert step.state.learning_rate == torch.tensor(0.07)
     (batch,) = batches(step, 1)
-    before = step.optimizer.param_groups[0]["params"][0].detach().clone()
+    before = step.optimizers[0].param_groups[0]["params"][0].detach().clone()
     step.set_schedule(learning_rate=0.0, kl_weight=0.5)
     step(batch, epoch=0, step=0)
-    assert torch.equal(step.optimizer.param_groups[0]["params"][0], before)
+    assert torch.equal(step.optimizers[0].param_groups[0]["params"][0], before)
 
 
 def test_the_state_says_where_the_run_stands():
@@ -155,12 +155,12 @@ def test_what_a_step_returns_holds_no_graph():
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_momentum_is_there_from_the_start_and_counts_as_none(channels_last):
     step = make(channels_last=channels_last)
-    state = optimizer_tensors(step.optimizer, step.learner)
+    state = optimizer_tensors(step.optimizers, step.learner)
     assert len(state) == len(list(step.learner.parameters()))
     for name, parameter in step.learner.named_parameters():
         assert state[f"{name}/momentum_buffer"].stride() == parameter.stride(), name
     twin = make(channels_last=channels_last)
-    twin.optimizer.state.clear()  # as an optimizer of torch begins
+    twin.optimizers[0].state.clear()  # as an optimizer of torch begins
     (batch,) = batches(step, 1)
     for each in (step, twin):
         each(batch, epoch=0, step=0)
@@ -169,22 +169,22 @@ def test_momentum_is_there_from_the_start_and_counts_as_none(channels_last):
 
 
 def test_no_momentum_no_buffers():
-    assert optimizer_tensors(make(momentum=0.0, nesterov=False).optimizer, make().learner) == {}
+    assert optimizer_tensors(make(momentum=0.0, nesterov=False).optimizers, make().learner) == {}
 
 
 def test_the_optimizer_is_restored_in_place_and_in_each_parameters_memory_order():
     step = make(channels_last=True)
     some = batches(step, 3)
     _run(step, some[:2])
-    own = optimizer_tensors(step.optimizer, step.learner)
+    own = optimizer_tensors(step.optimizers, step.learner)
     saved = {name: value.clone(memory_format=torch.contiguous_format) for name, value in own.items()}
     before = bits(own.values())
     _run(step, some[2:])
-    restore_optimizer(step.optimizer, step.learner, saved)
-    now = optimizer_tensors(step.optimizer, step.learner)
+    restore_optimizers(step.optimizers, step.learner, saved)
+    now = optimizer_tensors(step.optimizers, step.learner)
     assert all(now[name] is value for name, value in own.items())
     assert same_bits(bits(now.values()), before)
-    restore_optimizer(step.optimizer, step.learner, {})
+    restore_optimizers(step.optimizers, step.learner, {})
     assert all(not value.any() for value in now.values())
 
 
@@ -247,7 +247,7 @@ def test_a_scaled_loss_gives_the_same_gradients():
         step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": scale})
         step(batch, epoch=0, step=0)
     # What moves the weights is what the optimizer kept: its gradient plus weight decay.
-    left, right = (optimizer_tensors(step.optimizer, step.learner) for step in steps)
+    left, right = (optimizer_tensors(step.optimizers, step.learner) for step in steps)
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=0.02, atol=2e-3)
 
@@ -258,7 +258,7 @@ def test_an_overflow_halves_the_scale_and_leaves_weights_and_momentum_alone(clip
     some = batches(step, 3)
     step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 16.0})
     step(some[0], epoch=0, step=0)
-    weights, momentum = list(step.learner.parameters()), optimizer_tensors(step.optimizer, step.learner).values()
+    weights, momentum = list(step.learner.parameters()), optimizer_tensors(step.optimizers, step.learner).values()
     before = bits([*weights, *momentum])
     step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
     step(some[1], epoch=0, step=1)
@@ -289,12 +289,12 @@ def test_a_step_that_fails_leaves_no_gradient_behind():
     def fail(*_):
         raise RuntimeError("no more")
 
-    handle = step.optimizer.register_step_pre_hook(fail)
+    handle = step.optimizers[0].register_step_pre_hook(fail)
     with pytest.raises(RuntimeError, match="no more"):
         step(batch, epoch=0, step=0)
     handle.remove()
     assert all(p.grad is None for p in step.learner.parameters())
-    assert not hasattr(step.optimizer, "found_inf")
+    assert not hasattr(step.optimizers[0], "found_inf")
 
 
 # ---- where batches come from
@@ -326,7 +326,7 @@ def test_epoch_and_step_reach_augmentation_and_mixing():
     assert step.metric.read() == {}
 
 
-def test_build_optimizer_stands_alone():
+def test_build_optimizers_stands_alone():
     step = make()
-    optimizer = build_optimizer(step.learner, step.config)
+    (optimizer,) = build_optimizers(step.learner, step.config)
     assert optimizer.param_groups[0]["lr"] == step.config.lr

@@ -17,8 +17,10 @@ from fflfast.ops.augment import augment, normalization_table, normalize
 from fflfast.tasks import Classification, Score
 from fflfast.training import TrainConfig, TrainingError, checkpoint, resolve, train
 from fflfast.training.build import build_learner
+from fflfast.training.feeding import task_for
 from fflfast.training.log import Means
-from fflfast.training.step import TrainStep, build_optimizer
+from fflfast.training.optimizer import build_optimizers
+from fflfast.training.step import TrainStep
 
 
 def _parts(**changes):
@@ -68,7 +70,8 @@ def test_two_epochs_are_what_plain_pytorch_computes(tmp_path):
 
 def test_parameter_groups():
     config, _, learner = _parts(weight_decay=5e-4)
-    decay = {id(p): g["weight_decay"] for g in build_optimizer(learner, config).param_groups for p in g["params"]}
+    (optimizer,) = build_optimizers(learner, config)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert len(decay) == len(list(learner.parameters()))
     for name, parameter in learner.named_parameters():
         assert decay[id(parameter)] == (1e-5 if name.startswith("method.fusion.") else 5e-4), name
@@ -76,7 +79,8 @@ def test_parameter_groups():
 
 def test_no_decay_on_norms_and_biases():
     config, _, learner = _parts(decay_norm_and_bias=False)
-    decay = {id(p): g["weight_decay"] for g in build_optimizer(learner, config).param_groups for p in g["params"]}
+    (optimizer,) = build_optimizers(learner, config)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     for name, parameter in learner.named_parameters():
         expected = 0.0 if parameter.ndim < 2 else 1e-5 if name.startswith("method.fusion.") else 1e-4
         assert decay[id(parameter)] == expected, name
@@ -85,7 +89,7 @@ def test_no_decay_on_norms_and_biases():
 def test_a_step_reads_nothing_from_the_device():
     """On a CPU the loss itself looks at its target; the trainer around it adds not one read."""
     config, data, learner = _parts()
-    task = Classification(data.num_classes)
+    task = task_for(config, data)
     step = TrainStep(learner, task, normalization_table(data.mean, data.std), config, torch.device("cpu"))
     batch = next(Loader(data.train, batch_size=24, seed=0, train=True).epoch(0))
     images = normalize(batch.images, step.table)
@@ -228,12 +232,14 @@ def test_the_speed_counts_the_images_that_were_trained(tmp_path, limit, images):
     assert summary["images_per_second"] * summary["seconds"] == pytest.approx(images)
 
 
-def test_compile_is_asked_of_each_part_and_changes_no_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "parts"), [("ffl", 3), ("pcl", 6)])
+def test_compile_is_asked_of_each_part_and_changes_no_name(tmp_path, monkeypatch, method, parts):
+    """Of each network that a method holds besides, too."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    plain = run(tmp_path / "plain")
-    assert_same(run(tmp_path / "compiled", compile=True), plain)
-    assert len(compiled) == 3
+    plain = run(tmp_path / "plain", method=method)
+    assert_same(run(tmp_path / "compiled", method=method, compile=True), plain)
+    assert len(compiled) == parts
 
 
 def test_a_method_by_import_path(tmp_path):

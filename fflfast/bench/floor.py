@@ -13,6 +13,7 @@ class Floor(Method):
     """Cross-entropy of every sub-network: no fusion, no mutual loss. What a method costs is its time above this."""
 
     min_sub_networks = 1
+    main_output = "sub0"  # which one network has too
 
     def __init__(self, cohort: Cohort, num_classes: int, options: MethodOptions | None = None) -> None:
         super().__init__(cohort, num_classes, options)

@@ -15,15 +15,16 @@ from torch.utils._pytree import tree_map
 
 from .. import execution
 from ..data import DataBundle, Loader
+from ..methods import Method
 from ..ops.augment import augment, normalization_table
-from ..tasks import task_of
 from ..training.allocator import keep_memory
 from ..training.build import build_learner, open_bundle
 from ..training.config import ConfigError, ResolvedConfig
-from ..training.feeding import Feed, training_feed
+from ..training.feeding import Feed, task_for, training_feed
 from ..training.processes import SINGLE
 from ..training.run import arithmetic
 from ..training.step import TrainStep
+from ..training.teacher import load_teacher
 from .figures import PeakMemory, count_launches
 from .floor import Floor
 from .naive import NaiveLoop
@@ -199,14 +200,17 @@ def _ours(
     # What comes over a ring of buffers is overwritten by a later batch: keep a copy.
     pool = [tree_map(torch.clone, inputs) for inputs in itertools.islice(feed.inputs(0), count)]
     memory = PeakMemory(device)
-    learner = build_learner(config, classes).to(device)
+    teacher = load_teacher(config.teacher, data, config.device) if config.teacher and variant.loop == "ours" else None
+    learner = build_learner(config, classes, teacher=teacher)
+    cast(Method, learner.method).attach(data.train.targets)
+    learner.to(device)
     if config.channels_last:
         learner.to(memory_format=torch.channels_last)
     if variant.compile:
         for module in filter(None, (learner.cohort.trunk, *learner.cohort.sub_networks)):
             module.compile()
     learner.train()
-    task = task_of(classes, seed=config.seed, mixup=config.mixup, cutmix=config.cutmix)
+    task = task_for(config, dataclasses.replace(data, num_classes=classes))
     plan = execution.create(variant.plan, learner, device)
     table = normalization_table(data.mean, data.std)
     step = TrainStep(learner, task, table, config, device, plan=plan, batch_of=feed.batch)

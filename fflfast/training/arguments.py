@@ -86,7 +86,7 @@ def check_types(config: Config, method_options: type) -> Config:
 def _peek_method(argv: Sequence[str]) -> str:
     """Find the method before the real parse, which needs to know its options."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--method", "--config", "--resume", "--out"):
+    for name in ("--method", "--task", "--config", "--resume", "--out"):
         peek.add_argument(name)
     try:
         given, _ = peek.parse_known_args(list(argv))
@@ -94,14 +94,20 @@ def _peek_method(argv: Sequence[str]) -> str:
         return "ffl"  # a flag without its value, which the real parse reports
     run = given.out if given.resume == "auto" else given.resume
     files = [given.config, run and Path(run) / "config.yaml"]
+    method, task = given.method, given.task
     for file in filter(None, files):
         try:
             values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        if isinstance(values, dict) and isinstance(values.get("method"), str):
-            return given.method or values["method"]
-    return given.method or "ffl"
+        if isinstance(values, dict):
+            method, task = method or values.get("method"), task or values.get("task")
+    if isinstance(method, str):
+        return method
+    try:
+        return methods.default(task or "classification")
+    except ValueError:
+        return "ffl"  # no such task, which `resolve` reports
 
 
 def _parse(parser: ArgumentParser, given: Sequence[str] | Mapping[str, Any]) -> Any:

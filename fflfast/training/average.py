@@ -8,13 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .buffers import own_buffers
 from .packed import Packed
 
 __all__ = ["Averages"]
 
 
 class Averages:
-    """Averages of a learner's parameters and floating-point buffers; other buffers are copied as they are.
+    """Averages of what a learner learns: its trainable parameters and floating-point buffers.
+
+    Other buffers are copied as they are. What keeps its own value: frozen parameters (a teacher, peers that are an
+    average themselves), buffers that are not saved, and what the method keeps equal over the processes by itself (a
+    memory of the images is no weight, and large).
 
     Update t, counted from 0, moves each average by w_t = max(1 − decay, 1/(t + 1)) towards the value: the plain mean at
     first, then exponential, so that the start of the training is forgotten as fast as it can be. t is counted on the
@@ -36,7 +41,8 @@ class Averages:
             raise ValueError(f"Averages: expected a decay from 0 to below 1, got {decay!r}")
         self.decay = decay
         saved = learner.state_dict().keys()  # a buffer that is not saved is rebuilt, not learned
-        held = {**dict(learner.named_parameters()), **{n: b for n, b in learner.named_buffers() if n in saved}}
+        held: dict[str, Tensor] = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+        held |= {name: buffer for name, buffer in own_buffers(learner).items() if name in saved}
         self._learned = Packed({name: tensor for name, tensor in held.items() if tensor.is_floating_point()})
         self._counted = Packed({name: tensor for name, tensor in held.items() if not tensor.is_floating_point()})
         self._means, self._copies = self._learned.read(), self._counted.read()

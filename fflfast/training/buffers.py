@@ -3,7 +3,8 @@
 DistributedDataParallel keeps parameters equal. The running statistics of a sub-network's norms see the images of one
 process alone; they are averaged before a test, or after each step on request. Between two averages a checkpoint holds
 those of every process beside their average, so that the same number of processes goes on bit for bit, and any other
-number, a test and an export take the average.
+number, a test and an export take the average. What a method says to be ``replicated`` is the same everywhere already
+and may be large, such as a memory of all images: it is left out of this.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ from torch import Tensor, nn
 from .checkpoint import Snapshot, under
 from .processes import Processes
 
-__all__ = ["average_buffers", "gather_state", "own_state"]
+__all__ = ["average_buffers", "gather_state", "own_buffers", "own_state"]
+
+
+def own_buffers(learner: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers in which processes may differ, by name: all but those that the method keeps equal itself."""
+    equal = {f"method.{name}" for name in getattr(getattr(learner, "method", None), "replicated", ())}
+    return {name: buffer for name, buffer in learner.named_buffers() if name not in equal}
 
 
 @torch.no_grad()
 def average_buffers(learner: nn.Module, processes: Processes) -> None:
-    """Replace each buffer of a learner by its mean over the processes, or its maximum if it is of integers.
+    """Replace each of a learner's `own_buffers` by its mean over the processes, or its maximum if it is of integers.
 
     In place, with one all-reduce for each of the two kinds and no host synchronisation. Every process calls it, and
     all have the same bits afterwards. The mean is taken in float64, so that float32 buffers that are equal already
@@ -29,8 +36,9 @@ def average_buffers(learner: nn.Module, processes: Processes) -> None:
     """
     if processes.count == 1:
         return
-    floating = [buffer for buffer in learner.buffers() if buffer.is_floating_point()]
-    integers = [buffer for buffer in learner.buffers() if not buffer.is_floating_point()]
+    own = own_buffers(learner).values()
+    floating = [buffer for buffer in own if buffer.is_floating_point()]
+    integers = [buffer for buffer in own if not buffer.is_floating_point()]
     if floating:
         means = [buffer.double() for buffer in floating]
         processes.sum_(means)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import methods, models
-from ..cohort import Cohort, Learner
+from .. import methods
+from ..cohort import Learner
 from ..data import DataBundle, open_data
 from ..methods.base import Method
 from .arguments import check_types
@@ -29,11 +29,15 @@ from .config import (
     naming,
 )
 from .log import summary_writer
+from .networks import build_cohort, default_trunk
 from .processes import SINGLE, Processes
 from .recipes import merge_recipes
 from .schedule import rescale_milestones
 
-__all__ = ["Resolved", "absolute", "build_learner", "open_bundle", "resolve", "select_device"]
+__all__ = ["Resolved", "absolute", "build_learner", "open_bundle", "resolve", "select_device", "teacher_address"]
+
+_OF_ONE_TASK = {"classification": "mixup cutmix label_smoothing pad", "pose": "rotation scale"}
+"""Settings that are 0 in a run for any other task."""
 
 
 class Resolved(NamedTuple):
@@ -52,6 +56,10 @@ def resolve(config: TrainConfig, processes: Processes = SINGLE) -> Resolved:
         processes: those that will share the run.
     """
     check_given(config)
+    chosen = "method" in config.given  # where it is not, the task says which
+    if config.task and not chosen:
+        with naming("--task"):
+            config = dataclasses.replace(config, method=methods.default(config.task))
     method = _method(config)
     config = check_types(config, method.Options)
     if not config.data:
@@ -62,7 +70,12 @@ def resolve(config: TrainConfig, processes: Processes = SINGLE) -> Resolved:
     if config.tensorboard:
         summary_writer()
     data = open_bundle(config)
-    recipe, reference = merge_recipes(method.recipe, config.data)
+    if not chosen and not config.task and data.task != method.task:
+        with naming("--data"):
+            config = dataclasses.replace(config, method=methods.default(data.task))
+        method = _method(config)
+    _check_task(config, method, data)
+    recipe, reference = merge_recipes(method.recipe, data.name)
     recipe |= {key: data.recipe[key] for key in ("pad", "flip") if key in data.recipe}
     values = _filled(config, recipe, method)
     epochs, scaled = values["epochs"], []
@@ -74,9 +87,11 @@ def resolve(config: TrainConfig, processes: Processes = SINGLE) -> Resolved:
         scaled.append(f"milestones {_join(recipe['milestones'])} → {_join(values['milestones'])}")
     options = dict(values["options"] or {})
     if "ramp_up_epochs" not in options:
-        length = recipe.get("ramp_up_epochs", method.Options().ramp_up_epochs)
+        own = method.Options().ramp_up_epochs
+        # What a data set says of the ramp-up is for methods that have one.
+        length = recipe.get("ramp_up_epochs", own) if own else method.recipe.get("ramp_up_epochs", own)
         options["ramp_up_epochs"] = length * epochs / reference
-        if length and config.method != "single":
+        if length and len(values["arch"]) > 1:
             scaled.append(f"ramp-up {length:g} → {options['ramp_up_epochs']:.3g}")
     notes = [f"{epochs} epochs where {config.method}'s recipe has {reference}, so in proportion: {', '.join(scaled)}"]
     notes = notes if scaled and epochs != reference else []
@@ -85,16 +100,25 @@ def resolve(config: TrainConfig, processes: Processes = SINGLE) -> Resolved:
         notes.append(f"warm-up {recipe['warmup_epochs']:g} → {values['warmup_epochs']:.3g} epochs")
     with naming("--options"):
         values["options"] = dataclasses.asdict(method.Options(**options))
-    if values["trunk"] == "auto":
-        values["trunk"] = _default_split(config.arch, data.num_classes) or "none"
+    with naming("--arch"):
+        values["arch"] = method.architectures(values["arch"])
+        if values["trunk"] == "auto":
+            values["trunk"] = default_trunk(values["arch"], method, data.num_classes, data.image_size)
     for key in ("data_dir", "init"):
         values[key] = absolute(values[key])
     device = select_device(config.device)
-    values |= {"image_size": data.image_size, "device": str(device), "amp": _select_amp(config.amp, device)}
+    values |= {
+        "task": data.task,
+        "teacher": teacher_address(config.teacher),
+        "image_size": data.image_size,
+        "device": str(device),
+        "amp": _select_amp(config.amp, device),
+    }
     if config.channels_last is None:
         values["channels_last"] = device.type == "cpu" or (device.type == "cuda" and values["amp"] != "off")
     resolved = ResolvedConfig(**values)
     check_ranges(resolved)
+    _check_method(resolved, method)
     if processes.count * 2 > resolved.batch_size:
         raise ConfigError(
             f"--batch-size: expected at least 2 images for each of {processes.count} processes, got "
@@ -111,8 +135,51 @@ def resolve(config: TrainConfig, processes: Processes = SINGLE) -> Resolved:
     return Resolved(resolved, data, notes)
 
 
+def _check_task(config: TrainConfig, method: type[Method], data: DataBundle) -> None:
+    if config.task not in (None, data.task):
+        raise ConfigError(
+            f"--task {config.task}: the data set {config.data} is for {data.task}; take other data, or no --task"
+        )
+    if method.task != data.task:
+        with naming("--data"):
+            other = methods.default(data.task)
+        raise ConfigError(
+            f"--method {config.method}: is for {method.task}, and the data set {config.data} for {data.task}; take "
+            f"--method {other}, or other data"
+        )
+    for task, names in _OF_ONE_TASK.items():
+        for name in names.split():
+            if getattr(config, name) and data.task != task:
+                raise ConfigError(f"{flag(name)} is for {task}, and {config.data} for {data.task}; leave it away")
+
+
+def _check_method(config: ResolvedConfig, method: type[Method]) -> None:
+    """Raise ConfigError with the reason of a method that cannot run as configured."""
+    with naming(f"--method {config.method}"):
+        reason = method.refusal(config.to_dict())
+    if reason:
+        raise ConfigError(f"--method {config.method}: {reason}")
+    if method.needs_teacher and config.teacher is None:
+        raise ConfigError(
+            f"--method {config.method}: needs a frozen network that teaches, got none; give --teacher with a run's "
+            "folder, an exported file, torchvision/NAME or timm/NAME"
+        )
+    if config.teacher is not None and not method.needs_teacher:
+        raise ConfigError(
+            f"--teacher: no frozen network teaches in --method {config.method}; take --method kd, or leave it away"
+        )
+
+
 def _filled(config: TrainConfig, recipe: dict[str, Any], method: type[Method]) -> dict[str, Any]:
     """Return the settings with what is None taken from the recipe, which must leave nothing open."""
+    if config.optimizer not in (None, recipe["optimizer"]) and config.lr is None:
+        raise ConfigError(
+            f"--optimizer {config.optimizer}: the recipe's learning rate is for {recipe['optimizer']}; give --lr too"
+        )
+    if (config.optimizer or recipe["optimizer"]) == "adam":
+        if config.momentum or config.nesterov:
+            raise ConfigError("--momentum and --nesterov belong to --optimizer sgd; leave them away with adam")
+        recipe = {**recipe, "momentum": 0.0, "nesterov": False}
     values = config.to_dict()
     values |= {key: recipe[key] for key in RECIPE_FIELDS if values[key] is None and key in recipe}
     if values["schedule"] == "cosine":
@@ -142,40 +209,22 @@ def build_learner(
     config: ResolvedConfig,
     num_classes: int,
     *,
+    teacher: nn.Module | None = None,
     start: bool = True,
     tell: Callable[[str], object] = lambda line: None,
 ) -> Learner:
     """Build cohort and method of a resolved config on the CPU, seeded, and try one evaluation on blank images.
 
+    ``teacher`` goes to a method that takes one, see `teacher.load_teacher`; it may be None where nothing is trained.
     With ``start`` off, the weights that the config starts from (pretrained, init) are left out: a checkpoint follows.
     ``tell`` gets a line on what was loaded from each file.
     """
     method = _method(config)
     _seed_generators(config.seed)
-    with naming("--arch"):
-        nets = [
-            models.create(name, num_classes, pretrained=config.pretrained and start, image_size=config.image_size)
-            for name in config.arch
-        ]
-    if start:
-        for net, file in zip(nets, config.init or (), strict=False):
-            with naming("--init"):
-                tell(f"{net.arch}: {models.load_weights(net, file)}")
-    sub_networks: list[nn.Module] = list(nets)
-    trunk: nn.Module | None = None
-    if config.trunk != "none":
-        if len(set(config.arch)) > 1 or len(nets) < 2:
-            raise ConfigError(
-                f"--trunk {config.trunk}: two or more networks of one architecture share a trunk, got "
-                f"{', '.join(config.arch)}; take --trunk none"
-            )
-        with naming("--trunk"):
-            blank = torch.zeros(1, 3, config.image_size, config.image_size)
-            pairs = [models.split(net, config.trunk, example=blank) for net in nets]
-        trunk, sub_networks = pairs[0][0], [sub_network for _, sub_network in pairs]
+    cohort = build_cohort(config, method, num_classes, start=start, tell=tell)
     with naming(f"--method {config.method}"):
-        cohort = Cohort(sub_networks, trunk)
-        own = method(cohort, num_classes, method.Options(**config.options))
+        given = {"teacher": teacher} if method.needs_teacher else {}
+        own = method(cohort, num_classes, method.Options(**config.options), **given)
         learner = Learner(cohort, own, label_smoothing=config.label_smoothing)
     _try_out(learner, config)
     return learner
@@ -227,14 +276,6 @@ def _method(config: TrainConfig) -> type[Method]:
     return method
 
 
-def _default_split(arch: list[str] | None, num_classes: int) -> str | None:
-    """Return where the sub-networks part by default: networks of ours that are all alike share their low layers."""
-    names = arch or []
-    if len(names) < 2 or len(set(names)) > 1 or names[0] not in models.available():
-        return None
-    return models.create(names[0], num_classes).default_split
-
-
 def _try_out(learner: Learner, config: ResolvedConfig) -> None:
     size = config.image_size
     learner.eval()
@@ -261,6 +302,12 @@ def absolute(path: Any) -> Any:
     if isinstance(path, list):
         return [absolute(part) for part in path]
     return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def teacher_address(name: str | None) -> str | None:
+    """Return what `teacher.load_teacher` takes, independent of the working folder."""
+    library = (name or "").partition("/")[0] in ("torchvision", "timm")
+    return name if name is None or (library and not os.path.exists(name)) else absolute(name)
 
 
 def _join(values: Any) -> str:

@@ -34,25 +34,31 @@ class TrainConfig:
     (`fflfast.training.resolve`), which also checks every value and raises `ConfigError`.
 
     Args:
-        data: data set: digits, fashion_mnist, cifar10, cifar100, imagefolder, synthetic or synthetic-imagenet
+        data: data set: digits, fashion_mnist, cifar10, cifar100, imagefolder, synthetic, synthetic-imagenet, for pose
+            lspet or coco-keypoints
+        task: what is learned, classification or pose (default: as the data and the method say)
         data_dir: folder that holds the data set (digits and the synthetic ones need none)
         download: fetch a missing data set into data_dir
         image_size: height and width of the images in pixels, where the data set leaves a choice
         limit_train: train on this many of the training images, the same ones for every seed
         limit_test: test on this many of the test images, always the same ones
         arch: architecture of a sub-network; repeat the flag for each one (resnet32, torchvision/NAME, timm/NAME …)
-        method: how the sub-networks teach each other: ffl, dml, single, or package.module:Class
+        method: how the sub-networks teach each other: ffl, dml, kd, cl, one, okddip, kdcl, pcl, oem, mcl, afd, single,
+            for pose okdhp, or package.module:Class (a run for pose that names none takes okdhp)
         options: the method's own options
-        trunk: low layers that the sub-networks share: auto (as the FFL paper, where all are the same CIFAR network),
-            none, or the name of the first module that is not shared
+        teacher: frozen network that teaches (--method kd): a run's folder, a checkpoint, an exported file,
+            torchvision/NAME or timm/NAME with its published weights
+        trunk: low layers that the sub-networks share: auto (as the method's paper, where all are networks of ours with
+            the same low layers), none, or the name of the first module that is not shared
         pretrained: start from the weights that torchvision or timm publish (downloads them)
         init: file of weights to start from; repeat the flag, one for each --arch
         epochs: passes over the training images
         batch_size: images in a step, over all processes
-        lr: peak learning rate of SGD
+        optimizer: sgd or adam
+        lr: peak learning rate
         momentum: momentum of SGD
-        nesterov: Nesterov momentum
-        weight_decay: L2 penalty of SGD (a method may set its own for its modules)
+        nesterov: Nesterov momentum of SGD
+        weight_decay: L2 penalty (a method may set its own for its modules)
         decay_norm_and_bias: apply weight decay to norm weights and biases too
         schedule: learning rate over time, multistep or cosine
         milestones: epochs at which multistep multiplies the learning rate by gamma
@@ -63,6 +69,9 @@ class TrainConfig:
         cutmix: alpha of CutMix (0 = off)
         pad: pixels of reflection padding before the random crop
         flip: mirror training images at random
+        rotation: largest random rotation in degrees, to either side (pose)
+        scale: largest random change of scale, to either side: 0.25 means 0.75 to 1.25 (pose)
+        flip_test: in tests, average the heatmaps of each image and of its mirror image (pose)
         seed: seed of weights, data order and augmentation
         device: auto, cpu, cuda, cuda:N or mps
         amp: mixed precision of the training step; auto = bf16 on CUDA devices that have it, else off
@@ -91,6 +100,7 @@ class TrainConfig:
     """
 
     data: str | None = None
+    task: str | None = None
     data_dir: str | None = None
     download: bool = False
     image_size: int | None = None
@@ -100,12 +110,14 @@ class TrainConfig:
     arch: list[str] | None = None
     method: str = "ffl"
     options: Mapping[str, Any] | None = None
+    teacher: str | None = None
     trunk: str | None = None
     pretrained: bool = False
     init: list[str] | None = None
 
     epochs: int | None = None
     batch_size: int | None = None
+    optimizer: Literal["sgd", "adam"] | None = None
     lr: float | None = None
     momentum: float | None = None
     nesterov: bool | None = None
@@ -120,6 +132,9 @@ class TrainConfig:
     cutmix: float | None = None
     pad: int | None = None
     flip: bool | None = None
+    rotation: float | None = None
+    scale: float | None = None
+    flip_test: bool = True
 
     seed: int = 0
     device: str = "auto"
@@ -178,7 +193,8 @@ class TrainConfig:
 
     def hash(self) -> str:
         """Return 12 hex digits that are the same for two runs that compute the same thing."""
-        values = {key: value for key, value in self.to_dict().items() if key not in MAY_CHANGE}
+        left_out = MAY_CHANGE - {"teacher"}
+        values = {key: value for key, value in self.to_dict().items() if key not in left_out}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -186,6 +202,7 @@ class ResolvedConfig(TrainConfig):
     """A config in which every recipe value is filled in and every name resolved, as `resolve` returns it."""
 
     data: str
+    task: str
     image_size: int
     arch: list[str]
     options: Mapping[str, Any]
@@ -193,6 +210,7 @@ class ResolvedConfig(TrainConfig):
     trunk: str
     epochs: int
     batch_size: int
+    optimizer: Literal["sgd", "adam"]
     lr: float
     momentum: float
     nesterov: bool
@@ -207,17 +225,20 @@ class ResolvedConfig(TrainConfig):
     cutmix: float
     pad: int
     flip: bool
+    rotation: float
+    scale: float
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 
-RECIPE_FIELDS = tuple(list(ResolvedConfig.__annotations__)[5:])
-"""Fields whose None means: as the recipe says (trunk to flip)."""
+RECIPE_FIELDS = tuple(list(ResolvedConfig.__annotations__)[6:])
+"""Fields whose None means: as the recipe says (trunk to scale)."""
 
 MAY_CHANGE = frozenset(
     (
         "data_dir",
         "download",
+        "teacher",
         "device",
         "plan",
         "data_on",
@@ -231,7 +252,8 @@ MAY_CHANGE = frozenset(
         "tensorboard",
     )
 )
-"""Fields that do not decide what a run computes, so that a resumed run may change them."""
+"""Fields that do not decide what a run computes, so that a resumed run may change them: ``data_dir`` and ``teacher``
+say where something lies, and what lies there must be the same."""
 
 
 def _plain(value: Any) -> Any:
@@ -279,7 +301,7 @@ def check_ranges(config: TrainConfig) -> None:
             f"--accumulate: expected parts of at least 2 images of a batch of {config.batch_size}, got "
             f"{config.accumulate} parts; take fewer parts or a larger --batch-size"
         )
-    if config.nesterov and config.momentum == 0:
+    if config.nesterov and config.optimizer != "adam" and config.momentum == 0:
         raise ConfigError("--nesterov needs a momentum above 0; give --momentum 0.9 or --nesterov false")
     if config.pretrained and config.init:
         raise ConfigError("--pretrained and --init both say where to start from; leave one of the two out")
@@ -304,6 +326,8 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("weight_decay warmup_epochs clip_norm", lambda v: v >= 0, "a finite number, 0 or above"),
     ("mixup cutmix", lambda v: 0 <= v <= 100, "a number from 0 (off) to 100"),
     ("pad seed workers checkpoint_every", lambda v: v >= 0, "0 or above"),
+    ("rotation", lambda v: 0 <= v <= 180, "degrees from 0 (off) to 180"),
+    ("scale", lambda v: 0 <= v < 1, "a number from 0 (off) to below 1"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Where a run's images come from: a set that lies on the device, or batches that threads load and copy there."""
+"""Where a run's images come from, and for what: a set that lies on the device, or batches that threads load."""
 
 from __future__ import annotations
 
@@ -10,15 +10,34 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..data import Batch, DataBundle, Loader, ResidentLoader, Split, prefetch, resident_bytes
+from ..tasks import Task, task_of
 from .config import ConfigError, ResolvedConfig
 from .processes import SINGLE, Processes
 
-__all__ = ["Feed", "check_residence", "evaluation_feed", "memory_budget", "training_feed"]
+__all__ = ["Feed", "check_residence", "evaluation_feed", "memory_budget", "task_for", "training_feed"]
 
 TEST_BATCH_SIZE = 256
 """Images in a test batch: one number for every test, since it may decide the last bit of a logit."""
 
 _SHARE_OF_MEMORY = 8
+
+
+def task_for(config: ResolvedConfig, data: DataBundle) -> Task:
+    """Return the task of a run: what its data asks for, with the run's augmentation."""
+    return task_of(
+        data.task,
+        data.num_classes,
+        seed=config.seed,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        pad=config.pad,
+        flip=config.flip,
+        keypoints=data.keypoints,
+        image_size=data.image_size,
+        rotation=config.rotation,
+        scale=config.scale,
+        flip_test=config.flip_test,
+    )
 
 
 class Feed:
@@ -53,9 +72,19 @@ class Feed:
 
 
 def training_feed(
-    config: ResolvedConfig, split: Split, device: torch.device, processes: Processes, *, lead: bool
+    config: ResolvedConfig, split: Split, device: torch.device, processes: Processes, *, lead: bool, views: int = 1
 ) -> Feed:
-    """Return the training images of one process; ``lead`` adds the neighbour that mixing needs."""
+    """Return the training images of one process.
+
+    Args:
+        config: of the run.
+        split: the training images.
+        device: where they go.
+        processes: those that share every batch.
+        lead: add the neighbour that mixing needs.
+        views: how many crops of each image a step takes. A split whose images are the same at every reading gives them
+            once: there views differ by augmentation alone.
+    """
     images = len(split) if config.limit_train is None else min(config.limit_train, len(split))
     return _feed(
         split,
@@ -70,6 +99,7 @@ def training_feed(
         rank=processes.rank,
         world=processes.count,
         lead=lead and processes.count > 1,
+        views=views,
     )
 
 
@@ -97,12 +127,13 @@ def evaluation_feed(
     )
 
 
-def _feed(split: Split, device: torch.device, data_on: str, *, workers: int, **options: Any) -> Feed:
+def _feed(split: Split, device: torch.device, data_on: str, *, workers: int, views: int = 1, **options: Any) -> Feed:
     size = resident_bytes(split, options["limit"])
     fits = size is not None and size <= memory_budget(device)
     if data_on == "device" or (data_on == "auto" and fits):
         return Feed(ResidentLoader(split, device=device, **options), device)
-    return Feed(Loader(split, workers=workers, pin_memory=device.type == "cuda", **options), device)
+    pin, views = device.type == "cuda", 1 if split.fixed else views
+    return Feed(Loader(split, workers=workers, views=views, pin_memory=pin, **options), device)
 
 
 def check_residence(data_on: str, data: DataBundle) -> None:

@@ -8,15 +8,17 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from .. import execution
-from ..cohort import Learner
+from ..cohort import Cohort, Learner
 from ..data import DataBundle
+from ..methods import Method
 from ..nn import FeatureFusion
 from ..ops.augment import normalization_table
-from ..tasks import Score, task_of
+from ..tasks import Score
 from . import checkpoint, saving
 from .autotune import choice_table, choose
 from .buffers import average_buffers
@@ -24,7 +26,7 @@ from .checkpoint import Snapshot
 from .config import ResolvedConfig
 from .errors import TrainingError
 from .evaluation import score_split
-from .feeding import evaluation_feed, training_feed
+from .feeding import evaluation_feed, task_for, training_feed
 from .files import replace_text
 from .log import MetricLog
 from .processes import SINGLE, Processes
@@ -78,6 +80,8 @@ class Trainer:
         self.config, self.data, self.folder, self.reporter, self.stop = config, data, folder, reporter, stop
         self.processes = processes
         self.device = torch.device(config.device)
+        method = cast(Method, learner.method)
+        method.attach(data.train.targets)
         self.learner = learner.to(self.device)
         if config.channels_last:
             self.learner.to(memory_format=torch.channels_last)
@@ -85,10 +89,13 @@ class Trainer:
             for fusion in (module for module in learner.modules() if isinstance(module, FeatureFusion)):
                 fusion.sync_batch_norm = True
         if config.compile:
-            for module in filter(None, (learner.cohort.trunk, *learner.cohort.sub_networks)):
-                module.compile()
-        self.task = task_of(data.num_classes, seed=config.seed, mixup=config.mixup, cutmix=config.cutmix)
-        self.feed = training_feed(config, data.train, self.device, processes, lead=self.task.mixes)
+            for cohort in (module for module in learner.modules() if isinstance(module, Cohort)):
+                for part in filter(None, (cohort.trunk, *cohort.sub_networks)):
+                    part.compile()
+        self.task = task_for(config, data)
+        self.feed = training_feed(
+            config, data.train, self.device, processes, lead=self.task.mixes, views=method.num_views
+        )
         self.test_feed = evaluation_feed(
             data.test,
             self.device,
@@ -256,7 +263,7 @@ class Trainer:
         self.learner.eval()
         with self.take_step.averaged():
             average_buffers(self.learner, self.processes)
-            scores = score_split(
+            scored = score_split(
                 self.learner.predict,
                 self.test_feed,
                 self.take_step.table,
@@ -264,10 +271,10 @@ class Trainer:
                 processes=self.processes,
                 should_stop=lambda: self._signal() is not None,
             )
-        if scores is None:
+        if scored is None:
             self._stop_if_asked()
             return
-        self.scores = scores
+        self.scores = scores = scored.scores
         means = self.losses.epoch_means()
         learning_rate, kl_weight = self._schedule(self.global_step - 1)
         name = self.task.metric_name

@@ -1,4 +1,4 @@
-"""Curves of one or more runs as a PNG (or whatever the file's ending asks for): loss terms and test accuracies."""
+"""Curves of one or more runs as a PNG (or whatever the file's ending asks for): loss terms and test scores."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..tasks import Task
 from .config import ConfigError
 from .log import read_records
 
-__all__ = ["plot"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["check_ending", "plot", "save"]
 
 _COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")  # Paul Tol's "bright"
 
 
 def plot(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Draw loss terms (left) and test accuracies (right) of each run, a row a run, and return the file.
+    """Draw loss terms (left) and test scores (right) of each run, a row a run, and return the file.
 
     Networks that the run trained alone as its baseline appear dotted. ``out`` is curves.png in the first run by
     default. Raises ConfigError where a folder holds no finished epoch or a damaged record, or where ``out`` cannot be
@@ -31,9 +33,7 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     folders = [Path(run) for run in runs]
     file = Path(out) if out is not None else folders[0] / "curves.png"
     figure = Figure(figsize=(11, 4 * len(folders)), layout="constrained")
-    known = figure.canvas.get_supported_filetypes()
-    if os.path.isdir(file) or file.suffix[1:].lower() not in known:
-        raise ConfigError(f"--out {file}: expected a file that ends in .{', .'.join(sorted(known))}")
+    check_ending(figure, file)
     records = [_epochs(folder) for folder in folders]
     for folder, epochs in zip(folders, records, strict=True):
         if not epochs:
@@ -42,16 +42,28 @@ def plot(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     for (left, right), folder, epochs in zip(axes, folders, records, strict=True):
         colours = dict(zip(_outputs(epochs), itertools.cycle(_COLOURS), strict=False))
         _draw_losses(left, epochs, colours)
-        _draw_accuracies(right, folder, epochs, colours)
+        _draw_scores(right, folder, epochs, colours)
         left.set_title(folder.resolve().name, loc="left", fontweight="bold")
         for axis in (left, right):
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
+    return save(figure, file)
+
+
+def check_ending(figure: Figure, file: Path) -> None:
+    """Raise ConfigError where a file's ending names no format that a figure can be written in."""
+    known = figure.canvas.get_supported_filetypes()
+    if os.path.isdir(file) or file.suffix[1:].lower() not in known:
+        raise ConfigError(f"--out {file}: expected a file that ends in .{', .'.join(sorted(known))}")
+
+
+def save(figure: Figure, file: Path, **options: Any) -> Path:
+    """Write a figure (``options``: of savefig) and return its file; ConfigError where that cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=150, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out {file}: {error}") from error
     return file
@@ -75,16 +87,17 @@ def _is_number(value: object) -> bool:
 
 
 def _outputs(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [key.removeprefix(_test_key("")) for key in epochs[0] if key.startswith(_test_key(""))]
+    return [key.partition("/")[2] for key in epochs[0] if key.startswith("test_") and "/" in key]
 
 
-def _test_key(output: str) -> str:
-    return f"test_{Task.metric_name}/{output}"
+def _metric(epochs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the records call their scores: they have ``test_METRIC/OUTPUT`` for each output."""
+    return next(key for key in epochs[0] if key.startswith("test_") and "/" in key)[len("test_") :].partition("/")[0]
 
 
 def _draw_losses(axis: Any, epochs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
     numbers = [record["epoch"] + 1 for record in epochs]
-    for name in (key for key in epochs[0] if "/" in key and f"{Task.metric_name}/" not in key):
+    for name in (key for key in epochs[0] if "/" in key and f"{_metric(epochs)}/" not in key):
         learner = name.rpartition("→")[2].rpartition("/")[2]  # who learns by the term: its colour
         style = "-" if name.startswith("ce/") else "--"
         axis.plot(numbers, [record[name] for record in epochs], style, color=colours.get(learner), label=name)
@@ -93,7 +106,7 @@ def _draw_losses(axis: Any, epochs: Sequence[Mapping[str, Any]], colours: Mappin
     axis.legend(fontsize="small", frameon=False)
 
 
-def _draw_accuracies(axis: Any, folder: Path, epochs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+def _draw_scores(axis: Any, folder: Path, epochs: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
     marker = "." if len(epochs) < 20 else ""
     for name, colour in colours.items():
         axis.plot(*_curve(epochs, name), color=colour, marker=marker, label=name)
@@ -105,9 +118,10 @@ def _draw_accuracies(axis: Any, folder: Path, epochs: Sequence[Mapping[str, Any]
     later = [value for line in axis.lines for value in line.get_ydata()[len(epochs) // 3 :]]
     margin = 0.5 + 0.1 * (max(later) - min(later))
     axis.set_ylim(min(later) - margin, max(later) + margin)  # the first third of the epochs may lie below
-    axis.set_ylabel(f"test {Task.metric_name} %")
+    axis.set_ylabel(f"test {_metric(epochs)} %")
     axis.legend(fontsize="small", frameon=False, loc="lower right")
 
 
 def _curve(epochs: Sequence[Mapping[str, Any]], output: str) -> tuple[list[int], list[float]]:
-    return [record["epoch"] + 1 for record in epochs], [100 * record[_test_key(output)] for record in epochs]
+    key = f"test_{_metric(epochs)}/{output}"
+    return [record["epoch"] + 1 for record in epochs], [100 * record[key] for record in epochs]

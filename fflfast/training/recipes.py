@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import RECIPE_FIELDS, ConfigError, suggest
+from .config import RECIPE_FIELDS, ConfigError, TrainConfig, suggest
 
-__all__ = ["DATA_RECIPES", "merge_recipes"]
+__all__ = ["DATA_RECIPES", "complete", "merge_recipes"]
 
 DEFAULTS: Mapping[str, Any] = {
+    "optimizer": "sgd",
     "decay_norm_and_bias": True,
     "schedule": "multistep",
     "gamma": 0.1,
@@ -17,6 +18,8 @@ DEFAULTS: Mapping[str, Any] = {
     "label_smoothing": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
+    "rotation": 0.0,
+    "scale": 0.0,
     "trunk": "auto",
 }
 """What every recipe leaves alone unless it says so."""
@@ -37,7 +40,8 @@ DATA_RECIPES: Mapping[str, Mapping[str, Any]] = {
     "synthetic": {"epochs": 2},
     "synthetic-imagenet": {"epochs": 2, "batch_size": 256},
 }
-"""By data set: values over the method's recipe; ``ramp_up_epochs`` stands for the method's option of that name."""
+"""By data set: values over the method's recipe; ``ramp_up_epochs`` stands for the method's option of that name. A rate
+is one of SGD: the recipe of a method with another optimizer keeps its own."""
 
 
 def merge_recipes(method_recipe: Mapping[str, Any], data: str) -> tuple[dict[str, Any], int | None]:
@@ -49,6 +53,13 @@ def merge_recipes(method_recipe: Mapping[str, Any], data: str) -> tuple[dict[str
     for key in method_recipe:
         if key not in known:
             raise ConfigError(f"--method: its recipe has the unknown key {key!r}{suggest(str(key), known)}")
-    data_recipe = DATA_RECIPES.get(data, {})
+    data_recipe = dict(DATA_RECIPES.get(data, {}))
+    if method_recipe.get("optimizer", "sgd") != "sgd":
+        data_recipe.pop("lr", None)
     reference = data_recipe if "milestones" in data_recipe else method_recipe
     return {**DEFAULTS, **method_recipe, **data_recipe}, reference.get("epochs")
+
+
+def complete(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a saved run; one of an earlier version did what the defaults of today say."""
+    return {**TrainConfig().to_dict(), "task": "classification", **DEFAULTS, **saved}

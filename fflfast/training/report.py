@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..tasks import Score
 
-__all__ = ["Reporter", "score_table"]
+__all__ = ["Reporter", "details_table", "score_table"]
 
 _PLAIN_SECONDS = 30.0
 
@@ -106,10 +106,23 @@ def score_table(title: str, metric: str, *sections: Sequence[tuple[str, str, Sco
     if described := any(what for section in sections for _, what, _ in section):
         table.add_column("")
     table.add_column(f"{metric} %", justify="left" if exact else "right", style="bold")
-    table.add_column("right / images", justify="right", style="dim")
+    table.add_column("right / all", justify="right", style="dim")
     for section in sections:
         for name, what, score in section:
             shown = repr(100 * score.value) if exact else str(score)
             table.add_row(name, *([what] if described else []), shown, f"{score.correct} / {score.total}")
         table.add_section()
+    return table
+
+
+def details_table(title: str, details: Mapping[str, Mapping[str, Score]], whole: Mapping[str, Score]) -> Table:
+    """Return a table of the scores of parts (rows: joints, and the whole below them) by output (columns)."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for output in details:
+        table.add_column(output, justify="right")
+    for part in dict.fromkeys(name for scores in details.values() for name in scores):
+        table.add_row(part, *(str(scores[part]) for scores in details.values()))
+    table.add_section()
+    table.add_row("all", *(str(whole[output]) for output in details), style="bold")
     return table

@@ -9,10 +9,11 @@ from .. import methods
 from ..data import DataBundle
 from . import checkpoint
 from .arguments import check_types
-from .build import absolute, select_device
+from .build import absolute, select_device, teacher_address
 from .checkpoint import CheckpointError, Snapshot
 from .config import MAY_CHANGE, ConfigError, ResolvedConfig, TrainConfig, check_ranges, naming, shorten
 from .log import summary_writer
+from .recipes import complete
 from .report import Reporter
 from .saving import describe_data
 
@@ -52,12 +53,17 @@ def resume(config: TrainConfig, snapshot: Snapshot) -> ResolvedConfig:
     """
     folder = _folder(config)
     saved = snapshot.info["config"]
-    values = {**TrainConfig().to_dict(), **saved, "out": str(folder), "resume": str(folder)}
+    values = {**complete(saved), "out": str(folder), "resume": str(folder)}
+    method = methods.resolve(saved["method"])
     asked = config.to_dict()
     for name in sorted(config.given - {"out", "resume"}):
         given = asked[name]
         if name in ("data_dir", "init"):
             given = absolute(given)
+        elif name == "teacher":
+            given = teacher_address(given)
+        elif name == "arch" and given is not None:
+            given = method.architectures(given)
         if name in MAY_CHANGE:
             values[name] = given
         elif not _agrees(values[name], given, name):
@@ -66,7 +72,7 @@ def resume(config: TrainConfig, snapshot: Snapshot) -> ResolvedConfig:
                 "continue that run, or start a new one in another --out"
             )
     values["device"] = str(select_device(values["device"]))
-    resolved = check_types(ResolvedConfig(**values), methods.resolve(saved["method"]).Options)
+    resolved = check_types(ResolvedConfig(**values), method.Options)
     check_ranges(resolved)
     if resolved.tensorboard:
         summary_writer()

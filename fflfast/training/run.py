@@ -35,6 +35,7 @@ from .processes import Processes
 from .report import Reporter, score_table
 from .resume import check_data, find_snapshot, has_checkpoint, load, resume
 from .signals import Stopped, StopSignal
+from .teacher import check_teacher, load_teacher
 
 __all__ = ["RunResult", "arithmetic", "train"]
 
@@ -92,9 +93,7 @@ def _train(config: TrainConfig, reporter: Reporter, stop: StopSignal, processes:
         processes.only_main(lambda: open_bundle(config) and None)  # the others find the files there
     resolved, data, notes = processes.together(lambda: _open(config, snapshot, processes))
     with arithmetic(resolved), contextlib.ExitStack() as held:
-        learner = processes.together(
-            lambda: build_learner(resolved, data.num_classes, start=snapshot is None, tell=notes.append)
-        )
+        learner = processes.together(lambda: _build(resolved, data, snapshot, notes))
         folder = Path(processes.only_main(lambda: str(_folder(resolved))))
         if snapshot is None:
             resolved = dataclasses.replace(resolved, out=str(folder), resume=None)
@@ -126,6 +125,14 @@ def _open(config: TrainConfig, snapshot: Snapshot | None, processes: Processes) 
     check_residence(resolved.config.data_on, resolved.data)
     resolved.notes.extend(_check_plan(resolved.config, processes))
     return resolved
+
+
+def _build(config: ResolvedConfig, data: DataBundle, snapshot: Snapshot | None, notes: list[str]) -> Learner:
+    teacher = load_teacher(config.teacher, data, config.device) if config.teacher else None
+    learner = build_learner(config, data.num_classes, teacher=teacher, start=snapshot is None, tell=notes.append)
+    if snapshot is not None:
+        check_teacher(snapshot, config, learner)
+    return learner
 
 
 def _check_plan(config: ResolvedConfig, processes: Processes) -> list[str]:
@@ -172,14 +179,18 @@ def _run_baselines(
 ) -> dict[str, Trainer]:
     """Train one network of each architecture alone, in RUN/baseline-ARCH; one that was interrupted goes on."""
     trainers = {}
+    method = methods.resolve(config.method).alone
     for arch in dict.fromkeys(config.arch):
         own = folder / f"baseline-{arch.replace('/', '_')}"
         alone = dataclasses.replace(
             config,
             arch=[arch],
             init=config.init and [config.init[config.arch.index(arch)]],
-            method="single",
-            options=dataclasses.asdict(methods.resolve("single").Options()),
+            method=method,
+            options=config.options
+            if method == config.method
+            else dataclasses.asdict(methods.resolve(method).Options()),
+            teacher=None,
             trunk="none",
             baseline=False,
             out=str(own),
@@ -241,8 +252,10 @@ def _began_alike(folder: Path, config: ResolvedConfig) -> bool:
 
 
 def _check_baseline(config: ResolvedConfig) -> None:
-    if config.baseline and config.method == "single":
-        raise ConfigError("--baseline trains each network alone, which --method single does already; leave it away")
+    if config.baseline and len(config.arch) == 1 and methods.resolve(config.method).alone == config.method:
+        raise ConfigError(
+            f"--baseline trains each network alone, which --method {config.method} does already; leave it away"
+        )
 
 
 @contextlib.contextmanager
@@ -266,14 +279,16 @@ def arithmetic(config: ResolvedConfig) -> Iterator[None]:
 
 def _headline(config: ResolvedConfig, data: DataBundle, learner: Learner, count: int) -> list[str]:
     parameters = sum(p.numel() for p in learner.parameters())
-    sizes = f"{len(data.train):,} training and {len(data.test):,} test images, {data.num_classes} classes"
+    parts = "joints" if data.keypoints else "classes"
+    sizes = f"{len(data.train):,} training and {len(data.test):,} test images, {data.num_classes} {parts}"
     trunk = "" if learner.cohort.trunk is None else ", shared trunk"
+    taught = f", taught by {config.teacher}" if config.teacher else ""
     milestones = f", ×{config.gamma:g} at {', '.join(map(str, config.milestones))}" if config.milestones else ""
     amp = "" if config.amp == "off" else f", {config.amp}"
     where = config.device if count == 1 else f"{count} processes, the first on {config.device}"
     return [
         f"{config.data}: {sizes}, {data.image_size}×{data.image_size}",
-        f"{config.method}: {' + '.join(config.arch)}{trunk}, {parameters:,} parameters, on {where}{amp}",
+        f"{config.method}: {' + '.join(config.arch)}{trunk}{taught}, {parameters:,} parameters, on {where}{amp}",
         f"{config.epochs} epochs of batch {config.batch_size}, lr {config.lr:g} {config.schedule}{milestones}, "
         f"seed {config.seed} → {config.out}",
     ]
@@ -285,6 +300,7 @@ def _write_summary(result: RunResult, config: ResolvedConfig, trainer: Trainer) 
     images = min(loader.num_images, len(loader) * loader.batch_size) * config.epochs  # drop_last may leave one out
     scores = {name: score._asdict() | {"accuracy": score.value} for name, score in result.scores.items()}
     summary = {
+        "metric": trainer.task.metric_name,
         "scores": scores,
         "baseline": {arch: score._asdict() | {"accuracy": score.value} for arch, score in result.baseline.items()},
         "best": {"output": trainer.learner.method.main_output, "accuracy": at.best, "epoch": at.best_epoch},
@@ -303,7 +319,8 @@ def _write_summary(result: RunResult, config: ResolvedConfig, trainer: Trainer) 
 def _print_result(result: RunResult, config: ResolvedConfig, trainer: Trainer, reporter: Reporter) -> None:
     arch = config.arch
     what = {f"sub{k}": name for k, name in enumerate(arch)}
-    what |= {"ensemble": f"mean of the {len(arch)} logits", "fused": "fused classifier"}
+    what |= {f"ema{k}": f"{name}, averaged" for k, name in enumerate(arch)}
+    what |= {"ensemble": "ensemble of sub-networks", "fused": "fused classifier", "leader": arch[-1]}
     rows = [(name, what.get(name, ""), score) for name, score in result.scores.items()]
     alone = [("alone", f"{name}, same recipe and seed", score) for name, score in result.baseline.items()]
     metric = f"test {trainer.task.metric_name}"

@@ -13,10 +13,10 @@ from .. import execution
 from ..data import DataBundle
 from ..tasks import Score
 from . import checkpoint
-from .buffers import gather_state, own_state
+from .buffers import gather_state, own_buffers, own_state
 from .checkpoint import Snapshot
 from .config import ResolvedConfig
-from .step import optimizer_tensors, restore_optimizer
+from .optimizer import optimizer_tensors, restore_optimizers
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -63,6 +63,7 @@ def describe_data(config: ResolvedConfig, data: DataBundle) -> dict[str, Any]:
     """Return what a checkpoint remembers of its data: enough to test on it, and to notice other data of that name."""
     return {
         "data": config.data,
+        "task": data.task,
         "image_size": data.image_size,
         "class_names": list(data.class_names),
         "num_classes": data.num_classes,
@@ -78,14 +79,14 @@ def take(trainer: Trainer) -> Snapshot:
     averages = step.averages.tensors() if step.averages else {}
     own = {**learner_tensors(trainer), **{f"average/{name}": tensor for name, tensor in averages.items()}}
     random = checkpoint.get_random_state(trainer.device)
-    buffers = {f"{kind}/{name}" for name, _ in trainer.learner.named_buffers() for kind in ("learner", "average")}
+    buffers = {f"{kind}/{name}" for name in own_buffers(trainer.learner) for kind in ("learner", "average")}
     of_all = gather_state({name: own[name] for name in sorted(buffers & own.keys())}, random, processes)
     counts = processes.gather((trainer.losses.state(), trainer.metric.state()))
     if of_all is None or counts is None:
         return Snapshot({}, {})
     tensors = {
         **own,
-        **{f"optimizer/{name}": t for name, t in optimizer_tensors(step.optimizer, trainer.learner).items()},
+        **{f"optimizer/{name}": t for name, t in optimizer_tensors(step.optimizers, trainer.learner).items()},
         **{f"random/{name}": tensor for name, tensor in random.tensors.items()},
         **of_all.tensors,
     }
@@ -106,7 +107,7 @@ def put_back(trainer: Trainer, snapshot: Snapshot) -> None:
     step, processes, device = trainer.take_step, trainer.processes, trainer.device
     tensors, info = own_state(snapshot, processes)
     trainer.learner.load_state_dict(checkpoint.under(tensors, "learner/"))
-    restore_optimizer(step.optimizer, trainer.learner, checkpoint.under(tensors, "optimizer/"))
+    restore_optimizers(step.optimizers, trainer.learner, checkpoint.under(tensors, "optimizer/"))
     step.scaler.load_state_dict(info["scaler"])
     if step.averages:
         step.averages.load(checkpoint.under(tensors, "average/"))

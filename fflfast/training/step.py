@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..cohort import Learner, StepOutput, StepState
 from ..data import Batch, share
 from ..execution import Plan, Serial
 from ..methods import Method
-from ..nn import FeatureFusion
-from ..ops.augment import augment
 from ..tasks import Task
 from .average import Averages
 from .config import ResolvedConfig
 from .guard import StepGuard
 from .log import Means
-from .optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from .norms import evaluating, own_norms
+from .optimizer import build_optimizers
 from .processes import SINGLE, Processes
 
-__all__ = ["TrainStep", "build_optimizer", "optimizer_tensors", "restore_optimizer"]
+__all__ = ["TrainStep"]
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,7 +38,7 @@ class TrainStep:
 
     Args:
         learner: on the device, in its final memory order.
-        task: encodes targets, makes the metric.
+        task: makes batches ready, makes the metric.
         table: float32 (256, 3), see `fflfast.ops.augment.normalization_table`.
         config: a resolved config; ``accumulate``, ``amp``, ``channels_last``, ``clip_norm``, ``ema``, ``nan`` say how.
         device: of the learner and the inputs.
@@ -50,7 +48,7 @@ class TrainStep:
 
     Attributes:
         plan: see `use`.
-        optimizer, scaler, state: see `changing`.
+        optimizers, scaler, state: see `changing`.
         losses: means of loss and terms over the images of this process.
         metric: of the task, over the images of this process; nothing is counted where the task mixes images.
         averages: of the weights, None unless the config asks for them.
@@ -83,16 +81,14 @@ class TrainStep:
         self.state = StepState(
             device, ce_weight=options.ce_weight, temperature=options.temperature, learning_rate=config.lr
         )
-        self._known: dict[str, float] = {}  # what the host last wrote into the state
-        self.optimizer = build_optimizer(learner, config)
-        self._fused = bool(self.optimizer.defaults["fused"])
-        if self._fused:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.state.learning_rate
+        self._known: dict[int, float] = {}  # what the host last wrote, by the id of the tensor
+        self.optimizers = build_optimizers(learner, config)
+        self._fused = all(optimizer.defaults["fused"] for optimizer in self.optimizers)
+        self._groups = self._groups_by_peak()
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.scaler.scale(torch.zeros((), device=device))  # makes its tensors, which a graph must find in place
         self.losses = Means(("loss", *learner.term_names), device)
-        self.metric = task.metric(method.graph.logit_names, device)
+        self.metric = task.metric(method.output_names, device)
         self.averages = Averages(learner, config.ema) if config.ema else None
         self._guard = None
         if config.nan == "skip":
@@ -101,7 +97,7 @@ class TrainStep:
                     f"nan: skip needs a fused optimizer, which {device.type} lacks; take raise or rollback"
                 )
             self._guard = StepGuard(learner, processes.max_ if processes.count > 1 else None)
-        self._own_norms = list(_own_norms(learner))
+        self._own_norms = own_norms(learner)
         self.plan: Plan = plan or Serial(learner, device, processes=processes.count)
         self._model = self._wrap()
 
@@ -121,17 +117,37 @@ class TrainStep:
             self._model = self._wrap()
 
     def set_schedule(self, *, learning_rate: float, kl_weight: float) -> None:
-        """Set what changes over a run; fills device scalars where a value is new, reads none."""
-        self._set("learning_rate", learning_rate)
-        self._set("kl_weight", kl_weight)
-        if not self._fused:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+        """Set what changes over a run; fills device scalars where a value is new, reads none.
 
-    def _set(self, name: str, value: float) -> None:
-        if self._known.get(name) != value:
-            getattr(self.state, name).fill_(value)
-            self._known[name] = value
+        Parameters with a peak rate of their own get as much of it as ``learning_rate`` is of the config's.
+        """
+        self._set(self.state.kl_weight, kl_weight)
+        self._set(self.state.learning_rate, learning_rate)
+        for peak, groups in self._groups.items():
+            rate = learning_rate if peak == self.config.lr else peak * (learning_rate / self.config.lr)
+            for group in groups:
+                if self._fused:
+                    self._set(group["lr"], rate)
+                else:
+                    group["lr"] = rate
+
+    def _set(self, scalar: Tensor, value: float) -> None:
+        if self._known.get(id(scalar)) != value:
+            scalar.fill_(value)
+            self._known[id(scalar)] = value
+
+    def _groups_by_peak(self) -> dict[float, list[dict[str, Any]]]:
+        """Return the optimizers' groups by their peak rate; fused ones of one peak get one tensor as their rate."""
+        found: dict[float, list[dict[str, Any]]] = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                found.setdefault(group["lr"], []).append(group)
+        for peak, groups in found.items() if self._fused else ():
+            own = torch.tensor(peak, dtype=torch.float32, device=self.device)
+            rate = self.state.learning_rate if peak == self.config.lr else own
+            for group in groups:
+                group["lr"] = rate
+        return found
 
     def changing(self) -> list[Tensor]:
         """Return every tensor that a step changes, the same objects each time.
@@ -143,7 +159,13 @@ class TrainStep:
         return [
             *self.learner.parameters(),
             *self.learner.buffers(),
-            *(value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)),
+            *(
+                value
+                for optimizer in self.optimizers
+                for state in optimizer.state.values()
+                for value in state.values()
+                if torch.is_tensor(value)
+            ),
             *(value for value in scaler if value is not None),
             *(self.averages.state() if self.averages else ()),
             *self.losses.tensors(),
@@ -164,15 +186,15 @@ class TrainStep:
         Returns:
             Loss and terms, means over this process's images, and its logits; detached, valid until the next step.
         """
-        self._set("epoch", epoch)
-        self._set("batch", step)
+        self._set(self.state.epoch, epoch)
+        self._set(self.state.batch, step)
         if images is None:
             images = next(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)) - lead
         capture = images == self.config.batch_size
         try:
             return self.plan(self._body, (inputs, images, lead), capture=capture, changing=self.changing)
         except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)  # whoever goes on must not find half a step's gradients
+            self._drop_gradients()  # whoever goes on must not find half of them
             raise
 
     def _body(self, arguments: tuple[Any, int, int]) -> StepOutput:
@@ -182,9 +204,11 @@ class TrainStep:
         rows = len(batch.target)
         if self._guard is not None:
             self._guard.begin()
-        with self._evaluating(self._own_norms if rows == 0 else ()):
+        with evaluating(self._own_norms if rows == 0 else ()):
             output = self._gradients(batch, images)
         bad = self._update(output.loss)
+        with torch.no_grad():
+            cast(Method, self.learner.method).after_step(bad)
         if self.averages is not None:
             self.averages.update(bad)
         self.losses.update(output, rows, bad)
@@ -194,26 +218,17 @@ class TrainStep:
         return output
 
     def _prepare(self, inputs: Any, lead: int) -> Batch:
-        """Return the augmented, normalised and mixed batch of a step's inputs."""
-        config, state = self.config, self.state
+        """Return the batch of a step's inputs as the learner takes it, without the leading rows."""
         batch: Batch = inputs if self._batch_of is None else self._batch_of(inputs)
-        images = augment(
-            cast(Tensor, batch.images),
-            batch.index,
-            seed=config.seed,
-            epoch=state.epoch,
-            pad=config.pad,
-            flip=config.flip,
-            table=self._table,
-            channels_last=config.channels_last,
+        batch = self.task.training_batch(
+            batch,
+            self._table,
+            epoch=self.state.epoch,
+            step=self.state.batch,
+            views=cast(Method, self.learner.method).num_views,
+            channels_last=self.config.channels_last,
         )
-        images, target = self.task.encode(images, batch.target, epoch=state.epoch, step=state.batch)
-        index = batch.index
-        if lead:
-            images, target, index = images[lead:], target[lead:], index[lead:]
-        if config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)  # mixing may have left that order
-        return Batch(images, target, index)
+        return _rows(batch, lead, len(batch.target)) if lead else batch
 
     def _gradients(self, batch: Batch, images: int) -> StepOutput:
         """Add up the gradients of the loss, a mean over all images of the step, part by part."""
@@ -221,7 +236,7 @@ class TrainStep:
         outputs, shares = [], []
         for k in range(parts):
             start, stop = k * rows // parts, (k + 1) * rows // parts
-            part = batch if parts == 1 else Batch(*(cast(Tensor, value)[start:stop] for value in batch))
+            part = batch if parts == 1 else _rows(batch, start, stop)
             with self._without_reduction() if k < parts - 1 else nullcontext():
                 with self.autocast():
                     output: StepOutput = self._model(part, self.state)
@@ -246,19 +261,22 @@ class TrainStep:
         return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
     def _update(self, loss: Tensor) -> Tensor | None:
-        """Let the optimizer take its step; return where it was left out, a 0-dim bool, under ``nan: skip``."""
-        optimizer, clip, bad = self.optimizer, self.config.clip_norm, None
+        """Let the optimizers take their step; return where it was left out, a 0-dim bool, under ``nan: skip``."""
+        clip, bad = self.config.clip_norm, None
         if clip or self._guard is not None:
-            self.scaler.unscale_(optimizer)
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+            parameters = [p for group in groups for p in group["params"] if p.grad is not None]
             norm = get_total_norm([cast(Tensor, p.grad) for p in parameters])
             if self._guard is not None:
                 bad = self._guard.judge(loss, norm)
             if clip:
                 clip_grads_with_norm_(parameters, clip, norm)
-        if bad is None:
-            self.scaler.step(optimizer)
-        else:
+        for optimizer in self.optimizers:
+            if bad is None:
+                self.scaler.step(optimizer)
+                continue
             # An overflow that the scaler saw shows in the norm.
             cast(Any, optimizer).found_inf = bad
             try:
@@ -266,12 +284,16 @@ class TrainStep:
             finally:
                 del cast(Any, optimizer).found_inf
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         if bad is None or self._guard is None:
             return None
         bad = bad.bool()
         self._guard.undo(bad)
         return bad
+
+    def _drop_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def averaged(self) -> AbstractContextManager:
         """Return a context in which the learner has the averages of its weights, if the config asks for them."""
@@ -282,30 +304,10 @@ class TrainStep:
         dtype = _AMP_DTYPES.get(self.config.amp)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    @contextmanager
-    def _evaluating(self, norms: Sequence[nn.Module]) -> Iterator[None]:
-        """Let norms use their running statistics while entered: there is nothing to take statistics of."""
-        training = [norm for norm in norms if norm.training]
-        for norm in training:
-            norm.training = False
-        try:
-            yield
-        finally:
-            for norm in training:
-                norm.training = True
 
-
-def _own_norms(learner: Learner) -> Iterator[nn.Module]:
-    """Batch norms whose statistics are those of one process, so that they cannot train on no image."""
-    together = {
-        norm
-        for module in learner.modules()
-        if isinstance(module, FeatureFusion) and module.sync_batch_norm
-        for norm in module.modules()
-    }
-    for module in learner.modules():
-        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and module not in together:
-            yield module
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    """Return some rows of a batch, of every view."""
+    return tree_map(lambda part: part[start:stop], batch)
 
 
 def _detached(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
