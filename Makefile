@@ -4,6 +4,9 @@
 # make bench  the operators' benchmarks on this machine, what share of a training step they are, and how fast it trains
 # make paper  train the published CIFAR-100 runs and write their table (DATA_DIR=D with cifar-100-binary in it); goes on
 #             where it was interrupted
+# make table  the same for every method, on ResNet-32 and WRN-20-8, by its own recipe and by a common one (ONLY=ffl,dml,
+#             MINUTES=25: save and stop in time, exit code 3)
+# make pose   OKDHP on Leeds Sports Pose at a CPU's budget (DATA_DIR=D with joints.json and images)
 # make gpu    on a machine with a GPU: build, tests, race and memory checks, benchmarks; results go to $OUT
 #             (STAGES=build,doctor,… for some of it, MINUTES=9.5 where a machine is lent for ten)
 # make clean  the virtual environments and what they left
@@ -23,7 +26,7 @@ KERNEL_TESTS := test_distill_loss.py test_distill_loss_rows.py test_fusion_stage
 PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint wheel bare oldest bench paper gpu clean
+.PHONY: demo test lint wheel bare oldest bench paper table pose gpu clean
 
 $(VENV)/base: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fflfast needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; say make PYTHON=python3.11")'
@@ -90,7 +93,14 @@ bench: $(VENV)/dev
 	$(VENV)/bin/python -m benchmarks.train.alternatives
 
 paper: $(VENV)/dev
-	$(VENV)/bin/python -m benchmarks.paper $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+	$(VENV)/bin/python -m benchmarks.paper $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
+
+table: $(VENV)/dev
+	$(VENV)/bin/python -m benchmarks.table $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(MINUTES),--minutes $(MINUTES))
+
+pose: $(VENV)/dev
+	$(VENV)/bin/python -m benchmarks.pose $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(if $(MINUTES),--minutes $(MINUTES))
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(OUT),--out $(OUT)) \

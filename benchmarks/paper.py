@@ -12,53 +12,27 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from fflfast.data import DataError
-from fflfast.training import CheckpointError, ConfigError, TrainConfig, TrainingError
-from fflfast.training.files import replace_text
-
-from .accuracy import finished, spread
+from . import matrix
+from .accuracy import spread
+from .matrix import Document, Job, Run
 from .report import markdown
 
-__all__ = ["BEGIN", "END", "Run", "main", "replaced", "table"]
+__all__ = ["jobs", "main", "run", "table"]
 
-BEGIN, END = "<!-- paper: begin -->", "<!-- paper: end -->"
 EPOCHS, SEEDS = 300, (1, 2, 3)
 METHODS = ("ffl", "single")
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 # FFL's ResNet-32 on CIFAR-100 (arXiv 1904.09058), as the tables of later papers quote it.
 PUBLISHED = {"sub-networks": "72.18 ± 0.11", "fused": "74.44"}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One finished run.
-
-    Attributes:
-        method, seed: of the run.
-        summary: its summary.json.
-        made_with: commit, versions and hardware.
-    """
-
-    method: str
-    seed: int
-    summary: Mapping[str, Any]
-    made_with: str
-
-    @property
-    def accuracies(self) -> dict[str, float]:
-        """Test accuracy in % of each line of the table; that of the sub-networks is their mean."""
-        scores = {name: 100 * score["accuracy"] for name, score in self.summary["scores"].items()}
-        if self.method == "single":
-            return {"ResNet-32 alone": scores["sub0"]}
-        own = [value for name, value in scores.items() if name.startswith("sub")]
-        return {"sub-networks": statistics.mean(own), "ensemble": scores["ensemble"], "fused": scores["fused"]}
+def _lines(run: Run) -> dict[str, float]:
+    """Test accuracy in % of each line of the table; that of the sub-networks is their mean."""
+    if run.job.row == "single":
+        return {"ResNet-32 alone": run.main}
+    return {"sub-networks": run.sub_networks, "ensemble": run.scores["ensemble"], "fused": run.scores["fused"]}
 
 
 def table(runs: Sequence[Run], *, epochs: int = EPOCHS, seeds: Sequence[int] = SEEDS) -> str:
@@ -73,7 +47,7 @@ def table(runs: Sequence[Run], *, epochs: int = EPOCHS, seeds: Sequence[int] = S
     values: dict[str, list[float]] = defaultdict(list)
     seconds: dict[str, list[float]] = defaultdict(list)
     for run in runs:
-        for name, accuracy in run.accuracies.items():
+        for name, accuracy in _lines(run).items():
             values[name].append(accuracy)
             seconds[name].append(run.summary["seconds"])
     lines = [
@@ -92,75 +66,43 @@ def table(runs: Sequence[Run], *, epochs: int = EPOCHS, seeds: Sequence[int] = S
     if epochs != EPOCHS:
         parts.insert(0, f"**Shortened: {epochs} of {EPOCHS} epochs.** Not comparable with published figures.")
     if len(runs) < len(seeds) * len(METHODS) or set(seeds) != set(SEEDS):
-        done = ", ".join(f"{run.method} seed {run.seed}" for run in runs)
+        done = ", ".join(f"{run.job.row} seed {run.job.seed}" for run in runs)
         parts.append(f"Not the whole of seeds {', '.join(map(str, SEEDS))}: so far {done}.")
     parts.append(" ".join(f"{made}." for made in sorted({run.made_with for run in runs})))
     return "\n\n".join(parts)
 
 
-def replaced(text: str, new: str) -> str:
-    """Return a document with what stands between the markers replaced; ValueError without one pair of them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one line {BEGIN} and after it one line {END}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.partition(END)[2]}"
-
-
-def _config(method: str, seed: int, options: argparse.Namespace) -> TrainConfig:
-    folder = options.runs / f"{method}-seed{seed}"
-    return TrainConfig(
-        data=options.data, data_dir=options.data_dir, arch=[options.arch] * (1 if method == "single" else 2),
-        method=method, seed=seed, epochs=options.epochs, device=options.device, amp=options.amp, channels_last=True,
-        out=str(folder), resume="auto", checkpoint_every=200,
-    )  # fmt: skip
+def jobs(options: argparse.Namespace, seeds: Sequence[int]) -> list[Job]:
+    """Both methods, seed by seed."""
+    return [
+        matrix.job(
+            method,
+            seed,
+            options.runs / f"{method}-seed{seed}",
+            matrix.settings(options)
+            | {"method": method, "arch": [options.arch] * (1 if method == "single" else 2), "epochs": options.epochs},
+        )
+        for seed in seeds
+        for method in METHODS
+    ]
 
 
 def main() -> int:
     """Train what is missing and keep the table up to date; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", help="folder that holds cifar-100-binary")
-    parser.add_argument("--runs", type=Path, default=Path("runs/paper"), help="folder of the runs (%(default)s)")
+    parser = matrix.arguments("paper", __doc__, runs="runs/paper", seeds=",".join(map(str, SEEDS)))
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="fewer make a shortened schedule (default: 300)")
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="with commas between (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="as fflfast train has it (default: auto)")
-    parser.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="likewise")
-    parser.add_argument("--results", type=Path, default=DOCUMENT, help="document to write (default: docs/results.md)")
     parser.set_defaults(data="cifar100", arch="resnet32")
     options = parser.parse_args()
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        parser.error(f"--seeds: expected whole numbers with commas between, got {options.seeds!r}")
-    return run(options, seeds)
-
-
-def _finished(todo: Sequence[tuple[str, int]], options: argparse.Namespace) -> Iterator[Run]:
-    for method, seed in todo:
-        config = _config(method, seed, options)
-        folder = Path(str(config.out))
-        if (folder / "summary.json").exists():
-            yield Run(method, seed, *finished(config, folder))
+    return run(options, matrix.integers(parser, options.seeds))
 
 
 def run(options: argparse.Namespace, seeds: Sequence[int]) -> int:
     """Do what `main` was asked for."""
-    replaced(options.results.read_text(encoding="utf-8"), "")  # a wrong document is told before hours of training
-    todo = [(method, seed) for seed in seeds for method in METHODS]
-    for k, (method, seed) in enumerate(todo, 1):
-        print(f"run {k} of {len(todo)}: {method}, seed {seed}", flush=True)
-        config = _config(method, seed, options)
-        try:
-            finished(config, Path(str(config.out)))
-        except (ConfigError, TrainingError, CheckpointError, DataError) as error:
-            print(f"benchmarks.paper: {error}", file=sys.stderr)
-            return 1
-        text = table(list(_finished(todo, options)), epochs=options.epochs, seeds=seeds)
-        document = options.results.read_text(encoding="utf-8")
-        replace_text(options.results, replaced(document, text))
-        print(f"\n{text}\n", flush=True)
-    return 0
+    wanted = jobs(options, seeds)
+    return matrix.work(
+        "benchmarks.paper", wanted, wanted, Document(options.results, "paper"),
+        lambda found: table(found, epochs=options.epochs, seeds=seeds), minutes=options.minutes, rows=options.csv,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import fflfast
 from fflfast.data import Batch
 from fflfast.methods import base
 from fflfast.ops.augment import normalization_table
-from fflfast.tasks import task_of
+from fflfast.tasks import Classification
 from fflfast.training import TrainConfig, resolve
 from fflfast.training.build import build_learner
 from fflfast.training.step import TrainStep
@@ -144,7 +144,7 @@ def setup(layout: str, backend: str, device: torch.device, arch: str, batch: int
         learner.to(memory_format=torch.channels_last)
     learner.train()
     table = normalization_table((127.5,) * 3, (64.0,) * 3)
-    step = TrainStep(learner, task_of(classes), table, resolved, device)
+    step = TrainStep(learner, Classification(classes, pad=resolved.pad, flip=resolved.flip), table, resolved, device)
     step.set_schedule(learning_rate=0.01, kl_weight=1.0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
