@@ -40,10 +40,10 @@ def test_the_runs_of_the_matrix(table, tmp_path):
     count = {
         job.folder.name: len(job.config.arch) for job in jobs if job.seed == 1 and job.table.startswith("resnet32")
     }
-    assert [count[f"resnet32-own-{m}-seed1"] for m in ("single", "kd", "ffl", "one", "okddip", "mcl", "oem")] == [
+    assert [count[f"resnet32-own-{m}-seed1"] for m in ("single", "kd", "ffl", "one", "okddip", "mcl_okd", "oem")] == [
         1, 1, 2, 3, 4, 4, 5
     ]  # fmt: skip
-    assert {count[f"resnet32-common-{m}-seed1"] for m in ("ffl", "dml", "cl", "pcl", "mcl", "oem")} == {3}
+    assert {count[f"resnet32-common-{m}-seed1"] for m in ("ffl", "dml", "cl", "pcl", "mcl_okd", "oem")} == {3}
     for job in jobs:
         own = "own recipe" in job.table
         assert (job.config.lr is None) == own, "a recipe of one's own is left to the method's class"
@@ -150,5 +150,5 @@ def test_the_markers_of_the_costs():
 
 def test_a_method_that_was_not_measured_says_why():
     cost = module("cost")
-    row = dict.fromkeys(cost.FIELDS, "1") | {"method": "mcl", "arch": "a a", "not_measured": "no room"}
-    assert "| `mcl` | a a | not measured: no room | – |" in cost.table([row])
+    row = dict.fromkeys(cost.FIELDS, "1") | {"method": "mcl_okd", "arch": "a a", "not_measured": "no room"}
+    assert "| `mcl_okd` | a a | not measured: no room | – |" in cost.table([row])

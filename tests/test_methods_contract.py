@@ -202,3 +202,16 @@ def test_two_processes_learn_what_one_does(tmp_path):
     told = "".join((tmp_path / f"shared-{rank}.err").read_text(encoding="utf-8") for rank in range(2))
     record = json.loads((tmp_path / "ends.json").read_text(encoding="utf-8"))
     assert record["shared"]["codes"] == [0, 0], told
+
+
+@pytest.mark.parametrize("name", ["pcl", "oem"])
+def test_networks_may_be_compiled(name):
+    """Whole, without a break, also those that run without gradient, return stages or share a trunk: the same bits."""
+    torch.compiler.reset()
+    plain, compiled = make_method(name), make_method(name)
+    for network in networks(compiled).values():
+        network.compile(backend="eager", fullgraph=True)
+    some = batches(plain, 2)
+    run(plain, some)
+    run(compiled, some)
+    assert same_bits(left_behind(plain), left_behind(compiled))

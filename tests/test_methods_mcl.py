@@ -328,7 +328,7 @@ def test_wrong_options_are_refused(options):
 
 
 def test_recipe_and_name():
-    assert resolve("mcl") is MCL
+    assert resolve("mcl_okd") is MCL
     assert MCL.shared_stages == 1
     assert MCL.recipe["schedule"] == "cosine"
     assert (MCL.recipe["lr"], MCL.recipe["batch_size"], MCL.recipe["weight_decay"]) == (0.05, 64, 5e-4)

@@ -53,7 +53,7 @@ _METHODS: dict[str, type[Method]] = {
     "kdcl": KDCL,
     "pcl": PCL,
     "oem": OEM,
-    "mcl": MCL,
+    "mcl_okd": MCL,
     "afd": AFD,
     "okdhp": OKDHP,
     "single": Single,
@@ -92,7 +92,7 @@ def resolve(name: str) -> type[Method]:
         return _METHODS[name]
     module_name, separator, class_name = name.partition(":")
     if not separator:
-        close = difflib.get_close_matches(name.lower(), _METHODS, n=1)
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), _METHODS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"expected one of {', '.join(_METHODS)} or an import path 'package.module:Class', got {name!r}{hint}"

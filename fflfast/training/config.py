@@ -43,7 +43,7 @@ class TrainConfig:
         limit_train: train on this many of the training images, the same ones for every seed
         limit_test: test on this many of the test images, always the same ones
         arch: architecture of a sub-network; repeat the flag for each one (resnet32, torchvision/NAME, timm/NAME …)
-        method: how the sub-networks teach each other: ffl, dml, kd, cl, one, okddip, kdcl, pcl, oem, mcl, afd, single,
+        method: how the sub-networks teach each other: ffl, dml, kd, cl, one, okddip, kdcl, pcl, oem, mcl_okd, afd, single,
             for pose okdhp, or package.module:Class (a run for pose that names none takes okdhp)
         options: the method's own options
         teacher: frozen network that teaches (--method kd): a run's folder, a checkpoint, an exported file,
