@@ -21,6 +21,7 @@ from .matrix import Document, Job, Run
 __all__ = ["jobs", "main", "run", "table"]
 
 METHOD, ALONE = "okdhp", "alone"
+SEEDS = (0, 1, 2)
 BRANCHES = {METHOD: 3, ALONE: 1}
 ARCH = "hourglass2@1/4"
 # The recipe has 150 epochs of batch 16 at 2.5e-4, for 22,000 images. On 1,600, a branch alone learned next to nothing
@@ -52,7 +53,7 @@ def table(runs: Sequence[Run], *, everything: Sequence[Job]) -> str:
 
 def main() -> int:
     """Train what is missing and keep the table up to date; returns the exit code."""
-    parser = matrix.arguments("pose", __doc__, runs="runs/pose", seeds="0,1,2")
+    parser = matrix.arguments("pose", __doc__, runs="runs/pose", seeds=",".join(map(str, SEEDS)))
     parser.add_argument("--only", help=f"rows to train now, of {','.join(BRANCHES)} (default: both)")
     parser.set_defaults(data="lspet", arch=ARCH, changes={})
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> int:
 
 def run(options: argparse.Namespace, names: Sequence[str], seeds: Sequence[int]) -> int:
     """Do what `main` was asked for."""
-    everything = jobs(options, tuple(BRANCHES), seeds)
+    everything = jobs(options, tuple(BRANCHES), sorted({*SEEDS, *seeds}))
     return matrix.work(
         "benchmarks.pose", everything, jobs(options, names, seeds), Document(options.results, "pose"),
         partial(table, everything=everything), minutes=options.minutes, rows=options.csv,

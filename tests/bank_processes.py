@@ -1,4 +1,4 @@
-"""What two processes do with a bank of embeddings for tests/test_methods_mcl.py; `share` of a batch goes to each."""
+"""What two processes do with a bank of embeddings in tests of MCL-OKD; `share` of a batch goes to each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from fflfast.cohort import Learner
 from fflfast.data import Batch
-from fflfast.methods.mcl import MCL, MCLOptions
+from fflfast.methods.mcl_okd import MCL, MCLOptions
 from fflfast.training.processes import start
 
 TARGETS = torch.arange(30) % CLASSES

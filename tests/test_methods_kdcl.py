@@ -145,3 +145,17 @@ def test_in_bf16_and_without_images(rows, form):
     assert torch.isfinite(output.terms).all()
     assert rows or float(output.loss.detach()) == 0
     assert all(p.grad is not None for p in own.parameters())
+
+
+@pytest.mark.parametrize("form", ["naive", "linear", "min_logit"])
+def test_ignored_rows_decide_nothing(form):
+    method = learner(2, form).method
+    z, target = logits(2, 5, 3.0)
+    holes = target.clone()
+    holes[::3] = -100
+    counted = holes >= 0
+    z = torch.stack(z)
+    z[:, ~counted] *= 50
+    whole = method.teacher_logits(tuple(z), holes)[counted]
+    part = method.teacher_logits(tuple(z[:, counted]), holes[counted])
+    torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ from fflfast import methods
 from fflfast.cli import main
 from fflfast.methods import DML, Method
 from fflfast.training import ConfigError, TrainConfig, resolve, train
+from fflfast.training.arguments import parse_arguments
 from fflfast.training.build import build_learner
 from fflfast.training.config import ResolvedConfig
 from fflfast.training.networks import default_trunk
@@ -83,7 +84,10 @@ def test_the_ramp_up_of_a_data_set_is_for_methods_that_have_one(monkeypatch):
         ({"optimizer": "lion"}, "--optimizer: expected one of 'sgd', 'adam', got lion"),
         ({"rotation": 30.0}, "--rotation is for pose, and synthetic for classification; leave it away"),
         ({"scale": 0.2}, "--scale is for pose"),
-        ({"scale": 1.0}, "--scale: expected a number from 0 .off. to below 1, got 1.0"),
+        ({"scale": 0.9}, "--scale: expected a number from 0 .off. to 0.75, got 0.9"),
+        ({"flip_test": False}, "--flip-test is for pose, and synthetic for classification; leave it away"),
+        ({"method": ":X"}, "expected one of .* got ':X'"),
+        ({"method": "MCL-OKD"}, "did you mean 'mcl_okd'"),
         ({"rotation": 181}, "--rotation: expected degrees from 0 .off. to 180, got 181"),
         ({"task": "pose"}, "--task pose: the data set synthetic is for classification"),
         ({"task": "poses", "method": "ffl"}, "--task: expected one of classification, pose, got 'poses'"),
@@ -192,3 +196,60 @@ def test_a_run_of_an_earlier_version_did_as_the_defaults_say():
 def test_the_hash_tells_teachers_apart():
     config = resolved()
     assert dataclasses.replace(config, teacher="/other").hash() != config.hash()
+
+
+class Short(DML):
+    """A graph of more logits than there are."""
+
+    def __init__(self, cohort, num_classes, options=None):
+        super().__init__(cohort, num_classes, options)
+        self.graph = methods.DML(cohort, num_classes).graph.dml(len(cohort) + 1)
+
+
+def test_a_method_of_ones_own_is_tried_before_anything_is_written(tmp_path):
+    config = small(tmp_path / "run", method=name_of(Short))
+    with pytest.raises(ConfigError, match=r"--method .*:Short: .*the graph has 3 logits tensors"):
+        train(config, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "arch", "words"),
+    [
+        ("okddip", ["tiny"] * 2, "needs at least 3 sub-networks, got 2; give more of them"),
+        ("single", ["tiny"] * 2, r"takes at most 1 sub-network\(s\), got 2; give fewer"),
+    ],
+)
+def test_too_few_and_too_many_networks(method, arch, words):
+    with pytest.raises(ConfigError, match=f"--method {method}: .*{words}"):
+        build_learner(resolved(method, arch=arch), 4)
+
+
+@pytest.mark.parametrize(("text", "said"), [("raise KeyError(3)", "KeyError: 3"), ("def", "SyntaxError")])
+def test_a_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch, text, said):
+    name = f"broken_{said[:3].lower()}"
+    (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot import '{name}:X': .*{said}"):
+        methods.resolve(f"{name}:X")
+
+
+def test_flags_go_over_the_weights_that_alpha_set(tmp_path):
+    file = tmp_path / "config.yaml"
+    written = resolve(TrainConfig(**BASE, method="dml")).config
+    options = dataclasses.asdict(methods.KD.Options(alpha=0.5))
+    file.write_text(
+        dataclasses.replace(written, method="kd", arch=["tiny"], options=options, teacher="t").to_yaml(),
+        encoding="utf-8",
+    )
+    again = parse_arguments(["--config", str(file), "--options.alpha", "0.7"])
+    assert methods.KD.Options(**again.options) == methods.KD.Options(kl_weight=0.7, ce_weight=1 - 0.7)
+    with pytest.raises(ConfigError, match=r"unknown key 'options.alpha'.*; a file holds the options of its own"):
+        parse_arguments(["--config", str(file), "--method", "dml"])
+    with pytest.raises(ConfigError, match=r"unknown flag --options.kl-weigth, did you mean --options.kl-weight\?"):
+        parse_arguments(["--config", str(file), "--options.kl_weigth", "1"])
+
+
+@pytest.mark.parametrize("way", [["--data", "lspet"], ["--task", "pose"]])
+def test_options_of_the_method_that_the_data_ask_for(way):
+    assert parse_arguments([*way, "--options.fau", "figure"]).options == {"fau": "figure"}

@@ -21,6 +21,7 @@ from ..training.allocator import keep_memory
 from ..training.build import build_learner, open_bundle
 from ..training.config import ConfigError, ResolvedConfig
 from ..training.feeding import Feed, task_for, training_feed
+from ..training.layout import to_channels_last
 from ..training.processes import SINGLE
 from ..training.run import arithmetic
 from ..training.step import TrainStep
@@ -205,7 +206,7 @@ def _ours(
     cast(Method, learner.method).attach(data.train.targets)
     learner.to(device)
     if config.channels_last:
-        learner.to(memory_format=torch.channels_last)
+        to_channels_last(learner, device)
     if variant.compile:
         for module in filter(None, (learner.cohort.trunk, *learner.cohort.sub_networks)):
             module.compile()

@@ -16,7 +16,7 @@ from .order import permutation, random_resized_crop_boxes
 from .prefetch import prefetch
 from .resident import ResidentLoader, resident_bytes
 from .sampler import share
-from .sets import available, open_data
+from .sets import available, open_data, task_of
 
 __all__ = [
     "ArraySplit",
@@ -36,4 +36,5 @@ __all__ = [
     "random_resized_crop_boxes",
     "resident_bytes",
     "share",
+    "task_of",
 ]

@@ -98,7 +98,9 @@ def _open(folder: Path, part: str, size: int, context: int) -> tuple[Keypoints, 
         known = {
             item["id"]: _Picture(str(item["file_name"]), int(item["height"]), int(item["width"])) for item in images
         }
-    except (KeyError, TypeError, ValueError) as error:
+        if any(min(picture.height, picture.width) < 1 for picture in known.values()):
+            raise ValueError("a height or width below 1")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: an image lacks its id, file_name, height or width ({error!r})") from error
     pictures = folder / f"{part}2017"
     if not pictures.is_dir():
@@ -117,6 +119,9 @@ def _open(folder: Path, part: str, size: int, context: int) -> tuple[Keypoints, 
             image_ids.append(item["image_id"])
     if not files:
         raise DataError(f"{file}: no person has a labelled joint")
+    if len(set(ids)) < len(ids):
+        twice = next(id for k, id in enumerate(ids) if id in ids[:k])
+        raise DataError(f"{file}: the annotation id {twice} stands twice; expected one of its own for each person")
     persons = Persons(files, np.array(sizes), np.array(joints), np.array(boxes, dtype=np.int64))
     name = f"coco-keypoints {'test' if part == 'val' else part}"
     return keypoints, CocoSplit(
@@ -150,9 +155,13 @@ def _person(
         picture = known[item["image_id"]]
         places = np.array(item["keypoints"], dtype=np.float64).reshape(num_joints, 3)
         x, y, width, height = np.array(item["bbox"], dtype=np.float64).tolist()
-        if "id" not in item or not np.isfinite([x, y, width, height]).all():
-            raise ValueError("no id, or a bbox that is not finite")
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(item["id"], int):
+            raise ValueError("an id that is no whole number")
+        if not np.isfinite([x, y, width, height]).all() or min(width, height) < 0:
+            raise ValueError("a bbox that is not finite or has a negative size")
+        if not np.isfinite(places[places[:, 2] > 0]).all():
+            raise ValueError("a labelled joint that is not finite")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{file}: annotation {item.get('id')!r}: expected id, image_id of a listed image, {num_joints} "
             f"keypoints x, y, v and bbox x, y, width, height ({error!r})"

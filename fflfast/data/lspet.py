@@ -88,12 +88,14 @@ def _persons(file: Path, entries: dict[str, Any], num_joints: int) -> Persons:
     for name, entry in entries.items():
         try:
             places = np.array(entry, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             places = np.empty(0)
-        if places.shape != (num_joints, 3) or not np.isin(places[:, 2], (0, 1)).all():
+        plain = places.shape == (num_joints, 3) and all(type(v) in (int, float) for joint in entry for v in joint)
+        seen_or_not = plain and np.isin(places[:, 2], (0, 1)).all()
+        if not seen_or_not or not np.isfinite(places[places[:, 2] > 0]).all():
             raise DataError(
-                f"{file}: expected {num_joints} joints [x, y, visible] of numbers for {name!r}, visible 0 or 1, got "
-                f"{str(entry)[:60]}"
+                f"{file}: expected {num_joints} joints [x, y, visible] of finite numbers for {name!r}, visible 0 or 1, "
+                f"got {str(entry)[:60]}"
             )
         path = file.parent / "images" / name
         try:

@@ -128,7 +128,7 @@ def keypoints_of(
     Raises:
         DataError: a name that stands twice, or shoulders or hips missing, by which errors are measured.
     """
-    if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise DataError(f"{where}: expected a name of its own for each joint, got {', '.join(map(str, names))}")
     place = {name: j for j, name in enumerate(names)}
     torso = (("left_shoulder", "right_hip"), ("right_shoulder", "left_hip"))

@@ -16,7 +16,7 @@ from .folder import imagefolder
 from .lspet import lspet
 from .order import check_counter
 
-__all__ = ["available", "open_data"]
+__all__ = ["available", "open_data", "task_of"]
 
 _FROM_FILES: dict[str, Callable[..., DataBundle]] = {
     "cifar10": partial(cifar, "cifar10"),
@@ -27,11 +27,17 @@ _FROM_FILES: dict[str, Callable[..., DataBundle]] = {
     "lspet": lspet,
 }
 _EMBEDDED = ("digits", "synthetic", "synthetic-imagenet")
+_POSE = ("coco-keypoints", "lspet")
 
 
 def available() -> tuple[str, ...]:
     """Return the names that `open_data` takes."""
     return tuple(sorted((*_FROM_FILES, *_EMBEDDED)))
+
+
+def task_of(name: str) -> str:
+    """Return for which task a data set is, by its name alone: pose, else classification."""
+    return "pose" if name in _POSE else "classification"
 
 
 def open_data(

@@ -12,7 +12,7 @@ from .dml import DML, DMLOptions
 from .ffl import FFL, FFLOptions
 from .kd import KD
 from .kdcl import KDCL
-from .mcl import MCL
+from .mcl_okd import MCL
 from .oem import OEM
 from .okddip import OKDDip
 from .okdhp import OKDHP
@@ -91,7 +91,7 @@ def resolve(name: str) -> type[Method]:
     if name in _METHODS:
         return _METHODS[name]
     module_name, separator, class_name = name.partition(":")
-    if not separator:
+    if not (separator and module_name and class_name):
         close = difflib.get_close_matches(name.lower().replace("-", "_"), _METHODS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
@@ -99,8 +99,9 @@ def resolve(name: str) -> type[Method]:
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {name!r}: {error}") from error
+    except Exception as error:  # a module may raise whatever it likes when it is imported
+        kind = "" if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: "
+        raise ValueError(f"cannot import {name!r}: {kind}{error}") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"{name!r} must be a subclass of fflfast.methods.Method, got {found!r}")
     return found

@@ -114,9 +114,15 @@ class Method(nn.Module):
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"{name}: num_classes must be a positive int, got {num_classes!r}")
         if count < self.min_sub_networks:
-            raise ValueError(f"{name}: needs at least {self.min_sub_networks} sub-networks, got {count}")
+            raise ValueError(
+                f"{name}: needs at least {self.min_sub_networks} sub-networks, got {count}; give more of them, one "
+                "--arch each"
+            )
         if self.max_sub_networks is not None and count > self.max_sub_networks:
-            raise ValueError(f"{name}: takes at most {self.max_sub_networks} sub-network(s), got {count}")
+            raise ValueError(
+                f"{name}: takes at most {self.max_sub_networks} sub-network(s), got {count}; give fewer, one --arch "
+                "each, or take another method"
+            )
         self.options = self.Options() if options is None else options
 
     # ---- what a run asks before it builds a method
@@ -175,7 +181,8 @@ class Method(nn.Module):
     ) -> list[tuple[Tensor | float, Tensor]]:
         """Weight and value of each term beside the graph's, in the order of `extra_term_names`.
 
-        A value is 0-dim: a mean over the batch, 0 for an empty one (see `row_mean`).
+        A value is 0-dim: a mean over the batch, 0 for an empty one (see `row_mean`). Rows whose target is ignored are
+        left out of the graph's terms alone: these here count every row.
         """
         return []
 

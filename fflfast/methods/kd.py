@@ -13,7 +13,6 @@ forwards of the teacher. The teacher runs under the step's autocast, as the stud
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,28 +32,25 @@ class KDOptions(MethodOptions):
     """Options of KD.
 
     Attributes:
-        alpha: α, from 0 to 1, which sets the two weights: kl_weight = α, ce_weight = 1 − α.
+        alpha: α, from 0 to 1; where it is given it sets both weights, kl_weight = α and ce_weight = 1 − α, and is not
+            kept.
     """
 
     temperature: float = 4.0
     kl_weight: float = 0.9
     ce_weight: float = 0.1
     ramp_up_epochs: float = 0.0
-    alpha: float = 0.9
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
+        if self.alpha is not None:
+            if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
+                raise ValueError(f"KDOptions: alpha must be a number from 0 to 1, got {self.alpha!r}")
+            object.__setattr__(self, "kl_weight", float(self.alpha))
+            object.__setattr__(self, "ce_weight", 1.0 - self.alpha)
+            # A run's config.yaml then holds the weights alone, over which a later alpha or weight can be given.
+            object.__setattr__(self, "alpha", None)
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"KDOptions: alpha must be from 0 to 1, got {self.alpha}")
-        for name, value in (("kl_weight", self.alpha), ("ce_weight", 1 - self.alpha)):
-            given = getattr(self, name)
-            if math.isclose(given, value, abs_tol=1e-12):
-                continue
-            if given != getattr(type(self), name):
-                raise ValueError(
-                    f"KDOptions: alpha={self.alpha} sets {name} to {value:g}, got {given}; give alpha, and no weights"
-                )
-            object.__setattr__(self, name, value)
 
 
 class KD(Method):
@@ -136,11 +132,17 @@ class KD(Method):
 
 
 def _fingerprint(teacher: nn.Module | None) -> Tensor:
-    """The SHA-256 of names, types, shapes and bytes of a module's state, as int64 (4,); zeros for None."""
+    """The SHA-256 of types, shapes and bytes of a module's state, as int64 (4,); zeros for None.
+
+    Names and order are left out: the same network has others in a run's folder than in an exported file.
+    """
     if teacher is None:
         return torch.zeros(4, dtype=torch.int64)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.int64).clone()
+    parts = []
+    for tensor in teacher.state_dict().values():
+        held = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(held)
+        parts.append(digest.digest())
+    whole = hashlib.sha256(b"".join(sorted(parts))).digest()
+    return torch.frombuffer(bytearray(whole), dtype=torch.int64).clone()

@@ -100,19 +100,21 @@ class KDCL(Method):
                     "KDCL: min_logit needs one class an image, got probabilities; take ensemble='linear' or 'naive'"
                 )
             return (z - _at(z, target)).amin(0).to(own)
-        right = _at(z, target).sum((1, 2)) / max(len(target), 1)
+        # An ignored row has the same cross-entropy for every network when its logits are 0, and so decides nothing.
+        judged = z if target.is_floating_point() else z.masked_fill((target < 0)[:, None], 0.0)
+        right = _at(judged, target).sum((1, 2)) / max(len(target), 1)
         if self.options.ensemble == "naive":
-            best = (z.logsumexp(-1).sum(1) / max(len(target), 1) - right).argmin()
+            best = (judged.logsumexp(-1).sum(1) / max(len(target), 1) - right).argmin()
             return z.index_select(0, best.view(1)).squeeze(0).to(own)
         with torch.autocast(z.device.type, enabled=False):  # products of matrices would be rounded
-            return torch.tensordot(_lowest_cross_entropy(z, right), z, 1).to(own)
+            return torch.tensordot(_lowest_cross_entropy(judged, right), z, 1).to(own)
 
 
 def _at(z: Tensor, target: Tensor) -> Tensor:
     """The logit of the class, (N, B, 1), of logits (N, B, K)."""
     if target.is_floating_point():
         return (z * target.to(z.dtype)).sum(-1, keepdim=True)
-    return z.gather(-1, target.expand(len(z), -1).unsqueeze(-1))
+    return z.gather(-1, target.clamp(min=0).expand(len(z), -1).unsqueeze(-1))
 
 
 def _lowest_cross_entropy(z: Tensor, right: Tensor) -> Tensor:

@@ -78,9 +78,10 @@ def average_precision(
             measure.evaluate()
             measure.accumulate()
             measure.summarize()
-        except KeyError as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{split.annotations}: an annotation lacks its {error}; the average precision needs it"
+                f"{split.annotations}: the average precision needs of every annotation area, iscrowd and num_keypoints "
+                f"as COCO has them, and one lacks them or has others ({error!r})"
             ) from error
     # pycocotools says −1 where there is nothing to find.
     return {name: value for name, value in zip(_NAMES, measure.stats.tolist(), strict=True) if value >= 0}

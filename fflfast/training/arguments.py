@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from .. import methods
+from ..data import task_of
 from .config import RECIPE_FIELDS, ConfigError, TrainConfig, flag, naming, shorten, suggest
 
 __all__ = ["build_parser", "check_types", "parse_arguments"]
@@ -86,7 +87,7 @@ def check_types(config: Config, method_options: type) -> Config:
 def _peek_method(argv: Sequence[str]) -> str:
     """Find the method before the real parse, which needs to know its options."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--method", "--task", "--config", "--resume", "--out"):
+    for name in ("--method", "--task", "--data", "--config", "--resume", "--out"):
         peek.add_argument(name)
     try:
         given, _ = peek.parse_known_args(list(argv))
@@ -94,18 +95,18 @@ def _peek_method(argv: Sequence[str]) -> str:
         return "ffl"  # a flag without its value, which the real parse reports
     run = given.out if given.resume == "auto" else given.resume
     files = [given.config, run and Path(run) / "config.yaml"]
-    method, task = given.method, given.task
+    method, task, data = given.method, given.task, given.data
     for file in filter(None, files):
         try:
             values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue
         if isinstance(values, dict):
-            method, task = method or values.get("method"), task or values.get("task")
+            method, task, data = (a or values.get(k) for k, a in (("method", method), ("task", task), ("data", data)))
     if isinstance(method, str):
         return method
     try:
-        return methods.default(task or "classification")
+        return methods.default(task or task_of(str(data)))
     except ValueError:
         return "ffl"  # no such task, which `resolve` reports
 
@@ -128,10 +129,16 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         if not argument.startswith("--") or argument == "--":
             return f"unexpected argument {argument!r}; every setting is given as --name value"
         name = argument[2:].split("=")[0]
-        return f"unknown flag {flag(name)}{suggest(flag(name), map(flag, known))}; see fflfast train --help"
+        group = name.partition(".")[0] + "." if "." in name else ""
+        flags = [flag(other) for other in known if other.startswith(group)]
+        return f"unknown flag {flag(name)}{suggest(flag(name), flags)}; see fflfast train --help"
     if match := re.match(r"Group '(.*?)' does not accept option '(.*?)'", message):
         key = f"{match[1]}.{match[2]}"
-        return f"unknown key {key!r}{suggest(key, known)}; see fflfast train --help"
+        why = (
+            "; a file holds the options of its own method, leave them out for another" if match[1] == "options" else ""
+        )
+        alike = [name for name in known if name.startswith(f"{match[1]}.")]
+        return f"unknown key {key!r}{suggest(key, alike)}{why}; see fflfast train --help"
     if match := re.match(r"Option '(.*?)' is not accepted", message):
         return f"unknown key {match[1]!r}{suggest(match[1], known)}; see fflfast train --help"
     if match := re.match(r'Parser key "(.*?)":?(.*)', message, re.DOTALL):

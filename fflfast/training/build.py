@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from .. import methods
 from ..cohort import Learner
-from ..data import DataBundle, open_data
+from ..data import Batch, DataBundle, open_data
 from ..methods.base import Method
 from .arguments import check_types
 from .config import (
@@ -151,6 +152,8 @@ def _check_task(config: TrainConfig, method: type[Method], data: DataBundle) -> 
         for name in names.split():
             if getattr(config, name) and data.task != task:
                 raise ConfigError(f"{flag(name)} is for {task}, and {config.data} for {data.task}; leave it away")
+    if not config.flip_test and data.task != "pose":
+        raise ConfigError(f"--flip-test is for pose, and {config.data} for {data.task}; leave it away")
 
 
 def _check_method(config: ResolvedConfig, method: type[Method]) -> None:
@@ -289,12 +292,26 @@ def _try_out(learner: Learner, config: ResolvedConfig) -> None:
             "choose another architecture or --image-size"
         ) from error
     learner.train()
+    _try_step(learner, config)
     main = learner.method.main_output
     if main not in outputs:
         raise ConfigError(
             f"--method {config.method}: its main_output {main!r} is none of the outputs of predict(), "
             f"{', '.join(outputs)}"
         )
+
+
+def _try_step(learner: Learner, config: ResolvedConfig) -> None:
+    """Take the loss of two blank images by a copy, where the method is of the user's own: what is wrong shows here."""
+    method = cast(Method, learner.method)
+    if type(method).__module__.partition(".")[0] == __name__.partition(".")[0] or method.task != "classification":
+        return
+    blank = torch.zeros(2, 3, config.image_size, config.image_size)
+    images = blank if method.num_views == 1 else (blank,) * method.num_views
+    with naming(f"--method {config.method}"), torch.no_grad(), torch.random.fork_rng(devices=()):
+        tried = copy.deepcopy(learner)
+        cast(Method, tried.method).attach(torch.arange(2))
+        tried(Batch(images, torch.zeros(2, dtype=torch.int64), torch.arange(2)))
 
 
 def absolute(path: Any) -> Any:

@@ -43,8 +43,8 @@ class TrainConfig:
         limit_train: train on this many of the training images, the same ones for every seed
         limit_test: test on this many of the test images, always the same ones
         arch: architecture of a sub-network; repeat the flag for each one (resnet32, torchvision/NAME, timm/NAME …)
-        method: how the sub-networks teach each other: ffl, dml, kd, cl, one, okddip, kdcl, pcl, oem, mcl_okd, afd, single,
-            for pose okdhp, or package.module:Class (a run for pose that names none takes okdhp)
+        method: how sub-networks teach each other: ffl, dml, kd, cl, one, okddip, kdcl, pcl, oem, mcl_okd, afd, single;
+            for pose okdhp; or package.module:Class (a run for pose that names none takes okdhp)
         options: the method's own options
         teacher: frozen network that teaches (--method kd): a run's folder, a checkpoint, an exported file,
             torchvision/NAME or timm/NAME with its published weights
@@ -327,7 +327,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("mixup cutmix", lambda v: 0 <= v <= 100, "a number from 0 (off) to 100"),
     ("pad seed workers checkpoint_every", lambda v: v >= 0, "0 or above"),
     ("rotation", lambda v: 0 <= v <= 180, "degrees from 0 (off) to 180"),
-    ("scale", lambda v: 0 <= v < 1, "a number from 0 (off) to below 1"),
+    ("scale", lambda v: 0 <= v <= 0.75, "a number from 0 (off) to 0.75"),
 )
 
 

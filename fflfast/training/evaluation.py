@@ -22,6 +22,7 @@ from .build import build_learner, open_bundle, select_device
 from .checkpoint import Snapshot
 from .config import ConfigError, ResolvedConfig, TrainConfig, check_ranges
 from .feeding import Feed, evaluation_feed
+from .layout import to_channels_last
 from .processes import SINGLE, Processes
 from .recipes import complete
 
@@ -162,7 +163,7 @@ def open_subject(
         config, learner, facts = load_run(path, weights=weights)
         learner.to(where).eval()
         if config.channels_last:  # in the order in which the run tested it, for the same last bits
-            learner.to(memory_format=torch.channels_last)
+            to_channels_last(learner, where)
         predict: Callable[[Tensor], Mapping[str, Tensor]] = learner.predict
         main = str(learner.method.main_output)
         data_dir = data_dir or (config.data_dir if data in (None, config.data) else None)

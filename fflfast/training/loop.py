@@ -28,6 +28,7 @@ from .errors import TrainingError
 from .evaluation import score_split
 from .feeding import evaluation_feed, task_for, training_feed
 from .files import replace_text
+from .layout import to_channels_last
 from .log import MetricLog
 from .processes import SINGLE, Processes
 from .report import Reporter
@@ -84,7 +85,7 @@ class Trainer:
         method.attach(data.train.targets)
         self.learner = learner.to(self.device)
         if config.channels_last:
-            self.learner.to(memory_format=torch.channels_last)
+            to_channels_last(self.learner, self.device)
         if processes.count > 1:
             for fusion in (module for module in learner.modules() if isinstance(module, FeatureFusion)):
                 fusion.sync_batch_norm = True

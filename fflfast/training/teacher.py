@@ -71,7 +71,10 @@ def load_teacher(name: str, data: DataBundle, device: str = "cpu") -> Teacher:
     """
     with naming(f"--teacher {name}"):
         if os.path.exists(name):
-            network, facts = _from_file(Path(name), device)
+            try:
+                network, facts = _from_file(Path(name), device)
+            except ConfigError as error:
+                raise ConfigError(f"--teacher {name}: {error}") from error
             check_classes(f"--teacher {name}", facts, data, "take a teacher that was trained on these classes")
             if facts["image_size"] != data.image_size:
                 was, now = facts["image_size"], data.image_size

@@ -31,6 +31,7 @@ and writes about nine times more under ``--nan skip``: what a step changes is th
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -121,8 +122,16 @@ class MCL(Method):
         return None
 
     def attach(self, targets: Tensor) -> None:
-        if self.memory is not None:
-            self.memory.attach(targets)
+        if self.memory is None:
+            return
+        self.memory.attach(targets)
+        others = len(targets) - int(targets.unique(return_counts=True)[1].max())
+        if self.options.negatives > others:
+            warnings.warn(
+                f"MCL: {self.options.negatives} negatives for each image, but some have only {others} images of other "
+                "classes, which are then drawn several times; set the option negatives lower",
+                stacklevel=2,
+            )
 
     def extra_terms(
         self, output: CohortOutput, batch: Batch, state: StepState | None

@@ -17,7 +17,7 @@ from training_runs import start as start_python
 from fflfast.cohort import Learner, StepState
 from fflfast.data import Batch
 from fflfast.methods import resolve
-from fflfast.methods.mcl import MCL, MCLOptions
+from fflfast.methods.mcl_okd import MCL, MCLOptions
 from fflfast.methods.memory import EmbeddingBank
 from fflfast.ops.counters import hash_words
 from fflfast.training.guard import StepGuard
@@ -333,3 +333,8 @@ def test_recipe_and_name():
     assert MCL.recipe["schedule"] == "cosine"
     assert (MCL.recipe["lr"], MCL.recipe["batch_size"], MCL.recipe["weight_decay"]) == (0.05, 64, 5e-4)
     assert (MCLOptions().negatives, MCLOptions().contrast_weight, MCLOptions().ramp_up_epochs) == (256, 0.025, 0)
+
+
+def test_more_negatives_than_images_are_told():
+    with pytest.warns(UserWarning, match=f"{10 * len(TARGETS)} negatives for each image, but some have only"):
+        learner(make_cohort(2), negatives=10 * len(TARGETS))
