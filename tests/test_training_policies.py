@@ -25,7 +25,7 @@ class Poisoned(FFL):
 
     def joint_logits(self, output, batch):
         logits = super().joint_logits(output, batch)
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # not in the trial before a run
             type(self).taken += 1
             if self.taken - 1 in self.poisoned:
                 logits[0] = logits[0] * torch.nan

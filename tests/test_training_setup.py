@@ -253,3 +253,9 @@ def test_flags_go_over_the_weights_that_alpha_set(tmp_path):
 @pytest.mark.parametrize("way", [["--data", "lspet"], ["--task", "pose"]])
 def test_options_of_the_method_that_the_data_ask_for(way):
     assert parse_arguments([*way, "--options.fau", "figure"]).options == {"fau": "figure"}
+
+
+def test_filling_in_settings_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    resolved("ffl")
+    assert torch.equal(before, torch.get_rng_state())

@@ -80,7 +80,8 @@ def default_trunk(names: Sequence[str], method: type[Method], num_classes: int, 
     own = all(name.partition("@")[0] in models.available() for name in names)
     if len(names) < 2 or method.shared_stages == -1 or not own:
         return "none"
-    nets = [models.create(name, num_classes) for name in dict.fromkeys(names)]
+    with torch.random.fork_rng(devices=()):  # networks to look at alone, whose weights nobody should notice
+        nets = [models.create(name, num_classes) for name in dict.fromkeys(names)]
     places = [_place(net, method.shared_stages) for net in nets]
     order = [name for name, _ in nets[0].named_modules()]
     at = next((name for name in order if name in places), None)
