@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 
 import pytest
 import torch
@@ -59,7 +60,15 @@ def worker(rank, folder, split, backend):
     rows = slice(0, split) if rank == 0 else slice(split, 5)
     for mode, compiled, dtype in RUNS:
         torch.save(one_step(mode, compiled, dtype, rows), f"{folder}/{mode}-{compiled}-{dtype}-{rank}")
+    leave()
+
+
+def leave():
+    """End this process once both are done, without the interpreter's teardown under gloo's threads, which may abort."""
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def ddp_worker(rank, folder):
@@ -78,7 +87,7 @@ def ddp_worker(rank, folder):
             width = getattr(ours, name).num_features
             setattr(ours, name, nn.SyncBatchNorm(width, track_running_stats=False).double())
         ours.eval()(features)  # its norms take the statistics of this batch: nobody else is asked
-    dist.destroy_process_group()
+    leave()
 
 
 def one_step(mode, compiled, dtype, rows):

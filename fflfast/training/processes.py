@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import socket
@@ -358,5 +359,6 @@ class _Several(Processes):
         last_resort.start()
         try:
             dist.destroy_process_group()
+            gc.collect()  # what is in a cycle with a wrapped learner keeps threads that must end before the interpreter
         finally:
             last_resort.cancel()
