@@ -1,8 +1,8 @@
 """Accuracy of FFL beside one network alone, over seeds: the runs behind docs/results.md.
 
-    python benchmarks/accuracy.py digits
-    python benchmarks/accuracy.py fashion_mnist
-    python benchmarks/accuracy.py cifar100 --data-dir D
+    python -m benchmarks.accuracy digits
+    python -m benchmarks.accuracy fashion_mnist
+    python -m benchmarks.accuracy cifar100 --data-dir D
 
 Runs what is missing in RUNS/STUDY/seedK (an interrupted run goes on where it stopped), then prints a Markdown table of
 mean ± sample deviation and writes one CSV row a run and output.
@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 
 from fflfast.training import TrainConfig, resolve, train
+
+from .report import commit
 
 STUDIES: dict[str, tuple[int, dict[str, Any]]] = {
     # name: (seeds, settings). Each study says in docs/results.md how its budget differs from the published one.
@@ -104,15 +105,12 @@ def spread(values: list[float], *, signed: bool = False) -> str:
 
 def provenance() -> str:
     """What a run that ends now was made with: commit, versions, threads and hardware."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     cpu = f"{torch.get_num_threads()} of {os.cpu_count()} cores of {model}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return f"commit {commit}, torch {torch.__version__}, Python {platform.python_version()}, {device}"
+    return f"commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}, {device}"
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "STEP",
     "TIMES",
     "best",
+    "commit",
     "device_folder",
     "folder",
     "latency_table",
@@ -56,18 +57,29 @@ Row = dict[str, str]
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:
     """What the rows of this process share."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*"]
-    described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": machine([device])[1].partition(":")[2].strip(),
         "threads": torch.get_num_threads() if device.type == "cpu" else "",
         "torch": torch.__version__,
         "fflfast": fflfast.__version__,
         "python": platform.python_version(),
-        "commit": described or "unknown",
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", command, *sys.argv[1:]]),
     }
+
+
+def commit() -> str:
+    """The commit of this checkout, with "-dirty" behind it if a file differs that no benchmark writes."""
+    written = [":!docs", ":!README.md", ":!benchmarks/results"]
+    described = _git("describe", "--always", "--exclude=*")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return described + "-dirty" * bool(changed) if described else "unknown"
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def device_folder(device: torch.device) -> str:

@@ -328,7 +328,7 @@ def _nothing_labelled(content):
         (lambda c: c.pop("images"), "a list of images"),
         (lambda c: c.update(annotations=[3]), "a list of annotations"),
         (lambda c: c["categories"][0].pop("keypoints"), "no category"),
-        (lambda c: c["categories"][0].update(skeleton=[[1, 99]]), "a skeleton"),
+        (lambda c: c["categories"][0].update(skeleton=[[1, 99]]), "category 1: expected .* a skeleton .*IndexError"),
         (lambda c: c["images"][0].pop("height"), "an image lacks"),
         (lambda c: c["annotations"][1].update(image_id=5), "annotation 1101"),
         (lambda c: c["annotations"][1].pop("id"), "annotation None"),

@@ -96,6 +96,8 @@ def test_the_ramp_up_of_a_data_set_is_for_methods_that_have_one(monkeypatch):
             "--method okdhp: is for pose, and the data set synthetic for classification; take --method",
         ),
         ({"method": name_of(Picky), "seed": 4}, "--method .*:Picky: knows no seed above 3, got 4"),
+        ({"arch": ["tiny", "tini"], "method": "one"}, "--arch: no network is called 'tini'; did you mean tiny"),
+        ({"arch": ["tiny@x", "tiny"], "method": "one"}, "--arch: 'tiny@x': the width behind @ must be a fraction"),
         ({"teacher": "torchvision/resnet18"}, "--teacher: no frozen network teaches in --method dml"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

@@ -142,7 +142,9 @@ def _keypoints(file: Path, category: Mapping[str, Any]) -> Keypoints:
         skeleton = [(names[a - 1], names[b - 1]) for a, b in category.get("skeleton", ())]  # counted from 1
         sigmas = [_SIGMAS.get(name.rpartition("_")[2]) for name in names]
     except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise DataError(f"{file}: expected names of joints and a skeleton of their pairs, got {category}") from error
+        raise DataError(
+            f"{file}: category {category['id']!r}: expected names of joints and a skeleton of their pairs ({error!r})"
+        ) from error
     known = [sigma for sigma in sigmas if sigma is not None]
     return keypoints_of(str(file), names, skeleton, known if len(known) == len(names) else None)
 

@@ -23,7 +23,7 @@ from .vgg import SmallVGG
 from .weights import copy_weights
 from .wide_resnet import WideResNet
 
-__all__ = ["available", "create"]
+__all__ = ["available", "check_name", "create"]
 
 # Each takes the number of classes and the keyword `width`, a Fraction by which the stages' channels are scaled.
 _OWN: dict[str, Callable[..., SubNetwork]] = {
@@ -68,25 +68,41 @@ def create(name: str, num_classes: int, *, pretrained: bool = False, image_size:
         raise TypeError(f"expected a network's name, got {type(name).__name__}; give adapt() a network itself")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
-    base, at, width = name.partition("@")
-    if base in _OWN:
+    library, short = _locate(name)
+    if library is None:
         if pretrained:
             raise ValueError(f"there are no published weights of '{name}'; start from a file with load_weights()")
+        base, at, width = name.partition("@")
         own = _OWN[base](num_classes, width=_width(name, width) if at else Fraction(1))
         own.arch = name
         return own
-    if at and ":" not in name:  # timm knows addresses with a colon, which may name a revision behind an @
-        raise ValueError(f"only our own networks take a width, not '{name}'; {_hint(base, [*_OWN])}")
-    library, slash, short = name.partition("/")
-    if not slash or library not in _LIBRARIES:
-        library, short = _find(name), name
-    elif short.split(".")[0] not in (known := _LIBRARIES[library].names()) and ":" not in short:
-        raise ValueError(_unknown(name, [f"{library}/{other}" for other in known]))
     net = _LIBRARIES[library].build(short, num_classes, pretrained, image_size)
     example = None if image_size is None else torch.zeros(1, 3, image_size, image_size)
     sub_network = adapt(net, example=example, verbose=False)
     sub_network.arch = f"{library}/{short}"
     return sub_network
+
+
+def check_name(name: str) -> None:
+    """Raise the ValueError that `create` would raise for a name that nobody knows, without building anything."""
+    _locate(name)
+
+
+def _locate(name: str) -> tuple[str | None, str]:
+    """Return the library that ``name`` is of, None for our own, and what it is called there."""
+    base, at, width = name.partition("@")
+    if base in _OWN:
+        if at:
+            _width(name, width)
+        return None, name
+    if at and ":" not in name:  # timm knows addresses with a colon, which may name a revision behind an @
+        raise ValueError(f"only our own networks take a width, not '{name}'; {_hint(base, [*_OWN])}")
+    library, slash, short = name.partition("/")
+    if not slash or library not in _LIBRARIES:
+        return _find(name), name
+    if short.split(".")[0] not in (known := _LIBRARIES[library].names()) and ":" not in short:
+        raise ValueError(_unknown(name, [f"{library}/{other}" for other in known]))
+    return library, short
 
 
 def _find(name: str) -> str:
@@ -111,7 +127,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=4, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else f"our own are {', '.join(_OWN)}"
 
 

@@ -18,6 +18,7 @@ from .. import methods
 from ..cohort import Learner
 from ..data import Batch, DataBundle, open_data
 from ..methods.base import Method
+from ..models.registry import check_name
 from .arguments import check_types
 from .config import (
     RECIPE_FIELDS,
@@ -103,6 +104,8 @@ def resolve(config: TrainConfig, processes: Processes = SINGLE) -> Resolved:
         values["options"] = dataclasses.asdict(method.Options(**options))
     with naming("--arch"):
         values["arch"] = method.architectures(values["arch"])
+        for name in values["arch"]:
+            check_name(name)
         if values["trunk"] == "auto":
             values["trunk"] = default_trunk(values["arch"], method, data.num_classes, data.image_size)
     for key in ("data_dir", "init"):
