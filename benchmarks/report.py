@@ -175,7 +175,7 @@ def latency_table(rows: list[Row], label: Callable[[Row], str]) -> str:
 
 
 def _is_peer(variant: str) -> bool:
-    return variant in ("liger", "quack")
+    return variant in ("liger", "liger-jsd", "quack")
 
 
 def best(here: Mapping[str, Row], wanted: Callable[[str], bool]) -> Row | None:

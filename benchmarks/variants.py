@@ -82,6 +82,18 @@ def _liger(case: Case) -> Loss:
     return lambda logits, target: _terms(logits, lambda z, y: cross_entropy(z.clone(), y), kl, target)
 
 
+def _liger_jsd(case: Case) -> Loss:
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerJSD
+
+    # At β = 0 the generalised Jensen-Shannon divergence is KL(teacher ‖ student), in the mean over the rows.
+    cross_entropy, divergence = LigerCrossEntropyLoss(), LigerJSD(beta=0.0)
+
+    def kl(student: Tensor, teacher: Tensor) -> Tensor:
+        return 9 * divergence(F.log_softmax(student / 3, 1), F.log_softmax(teacher / 3, 1))
+
+    return lambda logits, target: _terms(logits, lambda z, y: cross_entropy(z.clone(), y), kl, target)
+
+
 def _quack(case: Case) -> Loss:
     from quack import cross_entropy
 
@@ -103,7 +115,10 @@ def variants_for(device: torch.device, *, compiled: bool = True, tuned: bool = F
         if tuned and device.type != "cpu":
             found.append(("compile-tuned", _compiled(mode="max-autotune-no-cudagraphs")))
     if device.type == "cuda":
-        for name, package, build in (("liger", "liger_kernel", _liger), ("quack", "quack", _quack)):
+        peers = (
+            ("liger", "liger_kernel", _liger), ("liger-jsd", "liger_kernel", _liger_jsd), ("quack", "quack", _quack),
+        )  # fmt: skip
+        for name, package, build in peers:
             if importlib.util.find_spec(package) is not None:
                 found.append((name, build))
     return found

@@ -68,7 +68,8 @@ class Case:
         }
 
 
-_RESNET32 = ("2 × ResNet-32, shared trunk", ("resnet32", "resnet32"), 100, "synthetic", 32, 128)
+_SMALL = ("2 × ResNet-32, shared trunk", ("resnet32", "resnet32"), 100, "synthetic", 32)
+_RESNET32 = (*_SMALL, 128)
 _WRN = ("4 × WRN-16-2, shared trunk", ("wrn_16_2",) * 4, 100, "synthetic", 32, 128)
 _RESNET18 = ("2 × ResNet-18", ("torchvision/resnet18",) * 2, 1000, "synthetic-imagenet", 224, 256)
 _RESNET50 = ("2 × ResNet-50", ("torchvision/resnet50",) * 2, 1000, "synthetic-imagenet", 224, 256)
@@ -94,8 +95,11 @@ _GPU = (
     Case(*_RESNET18, "bf16", steps=50),
     Case(*_RESNET50, "bf16", steps=30, goals={"overhead_percent": 3}),
     Case(*_UNLIKE, "bf16", steps=30),
+    # From a batch that is all launches to one that fills the device.
+    *(Case(*_SMALL, batch, "bf16", steps=50) for batch in (32, 512, 2048)),
     # Last: compiling takes minutes.
     Case(*_RESNET32, "bf16", compile=True),
+    Case(*_RESNET18, "bf16", compile=True, steps=30),
 )
 
 
