@@ -102,6 +102,7 @@ test: lint bare oldest-if-room
 bench: $(VENV)/dev
 	$(VENV)/bin/python -m benchmarks.loss
 	$(VENV)/bin/python -m benchmarks.fusion
+	$(VENV)/bin/python -m benchmarks.augment
 	$(VENV)/bin/python -m benchmarks.step_share
 	$(VENV)/bin/python -m benchmarks.train
 	$(VENV)/bin/python -m benchmarks.train.alternatives

@@ -1,4 +1,4 @@
-"""The command behind `python -m benchmarks.loss` and `python -m benchmarks.fusion`: measure cases, keep the rows."""
+"""The command behind `benchmarks.loss`, `benchmarks.fusion` and `benchmarks.augment`: measure cases, keep the rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Benchmark:
         about: text of --help.
         cases: what is measured on a device.
         variants: who takes part: of (case, device, whether torch.compile is wanted).
-        modes: how a call is made.
+        modes: how a call is made, that of the floor of a CUDA graph first.
         facts: what is known of each variant beside its times: of (case, data, calls, "training" or "inference").
         floor: the column of `Case.floors` that is the time of the floor; its share of the measured time is FLOOR_share.
         tables: the text of the results.
@@ -116,7 +116,7 @@ def measure_case(
         wanted = math.ceil(2 * cache / case.bytes_of_inputs)
         sets += [case.draw(device, seed) for seed in range(1, min(wanted, 64))]
     floors = case.floors(device)
-    floors["graph"] = floors["forward+backward"]
+    floors["graph"] = floors[benchmark.modes[0]]
     budget, share = (BUDGET, share * benchmark.time) if device.type == "cpu" else (GPU_BUDGET, share)
     facts: dict[str, dict[str, dict[str, Any]]] = {}
 
@@ -145,7 +145,8 @@ def measure_case(
             if in_graph is not None:
                 yield row(name, "graph", in_graph, facts["training"][name])
         if case.bytes_of_inputs < benchmark.small:
-            for name, call in {**calls, "engine": engine_only(data)}.items():
+            engine = {"engine": engine_only(data)} if any(leaf.requires_grad for leaf in data.leaves) else {}
+            for name, call in {**calls, **engine}.items():
                 yield row(name, "host", measure_host(call, data), facts["training"].get(name, {}))
 
 

@@ -3,16 +3,17 @@
     python benchmarks/gpu.py [--out FOLDER] [--stages build,doctor,…] [--minutes 30]
 
 The stages: build, doctor; of the loss tests, memcheck, racecheck, bench; of the fusion the same as fusion-tests,
-fusion-memcheck, fusion-racecheck, fusion-bench; step-share, what both take of a whole training step; of the execution
-plans and the trainer execution-tests, train and alternatives. With a machine for ten minutes at a time, run them in
-three calls: --minutes 9.5 and a third of the stages each.
+fusion-memcheck, fusion-racecheck, fusion-bench; augment-bench; step-share, what loss and fusion take of a whole
+training step; of the execution plans and the trainer execution-tests (with those of the augmentation), train,
+alternatives and timeline. With a machine for ten minutes at a time, run them in some calls: --minutes 9.5 and some of
+the stages each.
 
 Needs torch and numpy, pytest for the tests, and nvcc where the CUDA library is not built yet; no network, and fflfast
 need not be installed. Each stage has a time limit, and one that fails does not stop the next. The folder of the results
 (default: $OUT, else benchmarks/results/DEVICE) gets gpu.log with all output, gpu.md with the outcome of each stage,
 doctor.txt, and the files of `benchmarks.loss`, `benchmarks.fusion` (fusion.md ends with each target, met or missed,
-and by how much), `benchmarks.step_share`, `benchmarks.train` and `benchmarks.train.alternatives`. Exit code 0 when
-every stage passed.
+and by how much), `benchmarks.augment`, `benchmarks.step_share`, `benchmarks.train`, `benchmarks.train.alternatives` and
+`benchmarks.train.timeline`. Exit code 0 when every stage passed.
 """
 
 from __future__ import annotations
@@ -197,10 +198,12 @@ STAGES: dict[str, Stage] = {
     "fusion-racecheck": _checked("racecheck", "fuse_features", 150),
     "bench": _benchmark("loss", 280),
     "fusion-bench": _benchmark("fusion", 500),
+    "augment-bench": _benchmark("augment", 280),
     "step-share": _benchmark("step_share", 120),
     "execution-tests": _tests(EXECUTION_TESTS, 300),
     "train": _trained("train", 560),
     "alternatives": _trained("train.alternatives", 150),
+    "timeline": _trained("train.timeline", 300),
 }
 
 

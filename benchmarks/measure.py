@@ -43,7 +43,7 @@ class Data(Protocol):
 
     @property
     def leaves(self) -> Sequence[Tensor]:
-        """Tensors that get gradients, beside a variant's own parameters."""
+        """Tensors that get gradients, beside a variant's own parameters; where none does, one that shows the device."""
 
     @property
     def grad(self) -> Tensor | None:
@@ -99,8 +99,12 @@ def one_pass(mode: str, call: Call, data: Data) -> object:
 
 
 def gradients(call: Call, data: Data) -> tuple[Tensor, ...]:
-    """The gradients of one call, past the leaves' own."""
-    return torch.autograd.grad(call(*data.arguments), trained(call, data), data.grad)
+    """The gradients of one call, past the leaves' own; its result alone where nothing gets any."""
+    leaves = trained(call, data)
+    if not any(leaf.requires_grad for leaf in leaves):
+        with torch.no_grad():
+            return (call(*data.arguments),)
+    return torch.autograd.grad(call(*data.arguments), leaves, data.grad)
 
 
 def _drop(leaves: Sequence[Tensor]) -> None:
@@ -196,7 +200,7 @@ def measure_times(
 
 
 def measure_graph(call: Call, sets: Sequence[Data], *, replays: int = 50) -> Times | None:
-    """GPU time of one forward and backward inside a CUDA graph of one call a set; None where it cannot be captured."""
+    """GPU time of a call, with its backward if any, in a CUDA graph of one a set; None where it cannot be captured."""
 
     def run() -> list[tuple[Tensor, ...]]:
         return [gradients(call, data) for data in sets]
@@ -221,7 +225,7 @@ def measure_graph(call: Call, sets: Sequence[Data], *, replays: int = 50) -> Tim
 
 
 def measure_host(call: Call, data: Data, *, calls: int = 200, rounds: int = 9) -> Times:
-    """Host time to enqueue one forward and backward on a GPU, autograd's engine included."""
+    """Host time to enqueue a call on a GPU, with its backward, if any, and autograd's engine."""
 
     def many() -> None:
         for _ in range(calls):
