@@ -3,17 +3,17 @@
     python benchmarks/gpu.py [--out FOLDER] [--stages build,doctor,…] [--minutes 30]
 
 The stages: build, doctor; of the loss tests, memcheck, racecheck, bench; of the fusion the same as fusion-tests,
-fusion-memcheck, fusion-racecheck, fusion-bench; augment-bench; step-share, what loss and fusion take of a whole
-training step; of the execution plans and the trainer execution-tests (with those of the augmentation), train,
-alternatives and timeline. With a machine for ten minutes at a time, run them in some calls: --minutes 9.5 and some of
-the stages each.
+fusion-memcheck, fusion-racecheck, fusion-bench; device, what it reaches at best; augment-bench; step-share, what loss
+and fusion take of a whole training step; of the execution plans and the trainer execution-tests (with those of the
+augmentation), train, alternatives and timeline. With a machine for ten minutes at a time, run them in some calls:
+--minutes 9.5 and some of the stages each.
 
 Needs torch and numpy, pytest for the tests, and nvcc where the CUDA library is not built yet; no network, and fflfast
 need not be installed. Each stage has a time limit, and one that fails does not stop the next. The folder of the results
 (default: $OUT, else benchmarks/results/DEVICE) gets gpu.log with all output, gpu.md with the outcome of each stage,
-doctor.txt, and the files of `benchmarks.loss`, `benchmarks.fusion` (fusion.md ends with each target, met or missed,
-and by how much), `benchmarks.augment`, `benchmarks.step_share`, `benchmarks.train`, `benchmarks.train.alternatives` and
-`benchmarks.train.timeline`. Exit code 0 when every stage passed.
+doctor.txt, and the files of `benchmarks.loss`, `benchmarks.fusion` (fusion.md ends with each target, met or missed, and
+by how much), `benchmarks.device`, `benchmarks.augment`, `benchmarks.step_share`, `benchmarks.train`,
+`benchmarks.train.alternatives` and `benchmarks.train.timeline`. Exit code 0 when every stage passed.
 """
 
 from __future__ import annotations
@@ -196,6 +196,7 @@ STAGES: dict[str, Stage] = {
     "racecheck": _checked("racecheck", "distill_loss", 75),
     "fusion-memcheck": _checked("memcheck", "fuse_features", 150),
     "fusion-racecheck": _checked("racecheck", "fuse_features", 150),
+    "device": _benchmark("device", 60),
     "bench": _benchmark("loss", 280),
     "fusion-bench": _benchmark("fusion", 500),
     "augment-bench": _benchmark("augment", 280),

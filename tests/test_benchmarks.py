@@ -200,3 +200,26 @@ def test_every_stage_of_make_gpu_names_what_is_there():
     assert "test_gpu_execution.py" in gpu.EXECUTION_TESTS
     for name in ("loss", "fusion", "step_share", "train.__main__", "train.alternatives"):
         assert callable(module(name).main)
+
+
+def test_device_writes_what_was_measured(monkeypatch, tmp_path, capsys):
+    device = module("device")
+    asked = []
+
+    def product(rows, inner, columns, dtype, where):
+        asked.append((dtype, where.type))
+        return 3e12 if dtype == torch.float32 else 7e12
+
+    monkeypatch.setattr(device, "copy_rate", lambda shapes, dtype, where: 16e9)
+    monkeypatch.setattr(device, "matrix_rate", product)
+    monkeypatch.setattr(sys, "argv", ["device", "--out", str(tmp_path)])
+    assert device.main() == 0
+    assert asked == [(torch.float32, "cpu"), (torch.bfloat16, "cpu")]
+    text = (tmp_path / "device.md").read_text(encoding="utf-8")
+    for line in ("| copy | 16 GB/s |", "| product float32 | 3 TFLOP/s |", "| product bfloat16 | 7 TFLOP/s |"):
+        assert line in text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["device", "--device", "cuda", "--out", str(tmp_path / "gpu")])
+    assert device.main() == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "gpu").exists()
