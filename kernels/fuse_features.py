@@ -102,7 +102,7 @@ def pool(y: Tensor, norm2: Norm) -> list[Tensor]:
     norm, by_pointer = _norm(norm2, y)
     k = plan([y.view(batch, outputs, pixels, 1)], outputs, CHANNELS, 1, False)
     with device.of(y):
-        pool_kernel[(-(-outputs // launch.POOL_CHANNELS), batch)](
+        pool_kernel[(batch, -(-outputs // launch.POOL_CHANNELS))](
             y, norm, pooled, active, pixels, outputs, min(launch.POOL_PIXELS, launch.power(pixels)),
             launch.POOL_CHANNELS, by_pointer, k, num_warps=launch.POOL_WARPS,
         )  # fmt: skip

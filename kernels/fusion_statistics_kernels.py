@@ -106,10 +106,11 @@ def pool_kernel(
 ):  # fmt: skip
     """Norm → ReLU → mean over the image, and the two numbers that stand for y in the second norm's backward sums.
 
-    One program an image and block of channels. Bytes: reads y once. Launches: 1.
+    One program an image and block of channels: images along the first dimension of the grid, as the others end at
+    65,535. Bytes: reads y once. Launches: 1.
     """
-    image = tl.program_id(1)
-    o = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    image = tl.program_id(0)
+    o = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     here = o < outputs
     mean, rstd, scale, shift = scale_shift(norm, o, here, BY_POINTER)
     total = tl.zeros((PIXELS, CHANNELS), tl.float32)
@@ -128,7 +129,7 @@ def pool_kernel(
     at = image.to(tl.int64) * outputs + o
     tl.store(pooled + at, rounded(tl.sum(total, 0) / num_pixels, K), mask=here)
     tl.store(active + at, tl.sum(count, 0), mask=here)
-    tl.store(active + tl.num_programs(1).to(tl.int64) * outputs + at, tl.sum(hats, 0), mask=here)
+    tl.store(active + tl.num_programs(0).to(tl.int64) * outputs + at, tl.sum(hats, 0), mask=here)
 
 
 @triton.jit(do_not_specialize=["batch", "images_each", "pixels"])

@@ -266,9 +266,11 @@ from fflfast.kernels import fusion_offline
 backend = make_backend(GPUTarget("cuda", 90, 32))
 seen = set()
 names = []
+grids = []
 
 def run(self, *args, grid, warmup, **kwargs):
     names.append(self.fn.__name__)
+    grids.append((self.fn.__name__, grid))
     kwargs["debug"] = False
     binder = create_function_from_signature(self.signature, self.params, backend)
     bound, specialization, options = binder(*args, **kwargs)
@@ -290,16 +292,33 @@ for batch in (128, 127, 120, 128):
     counts.append(len(seen))
 step = list(names)
 fusion_offline._step("", (256, (512, 512), 7), torch.bfloat16, weights=torch.bfloat16, train=False)
-print(json.dumps([counts, step[: len(step) // 4], names[len(step):]]))
+frozen = names[len(step):]
+grids.clear()
+for train in (True, False):
+    fusion_offline._step("", (70_000, (2, 3), 1), torch.bfloat16, train=train)
+print(json.dumps([counts, step[: len(step) // 4], frozen, grids]))
 """
 
 
-def test_launches_of_a_step_and_new_batches_do_not_recompile():
+@pytest.fixture(scope="module")
+def launched():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     root = str(Path(__file__).resolve().parent.parent)
     result = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment, cwd=root)
     assert result.returncode == 0, result.stderr
-    counts, step, frozen = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+def test_a_large_batch_fits_the_grid(launched):
+    """A GPU takes 2³¹ − 1 blocks along the first dimension, and 65,535 along the others."""
+    grids = launched[3]
+    assert {name for name, _ in grids} >= {"pool_kernel", "backward_pool_kernel", "inference_kernel"}
+    assert ["pool_kernel", [70_000, 1]] in grids
+    assert all(size <= 65_535 for _, grid in grids for size in grid[1:])
+
+
+def test_launches_of_a_step_and_new_batches_do_not_recompile(launched):
+    counts, step, frozen, _ = launched
     assert step == [
         "depthwise_statistics_kernel", "pointwise_kernel", "pool_kernel",
         "backward_pool_kernel", "backward_product_kernel", "weight_gradient_kernel", "backward_inputs_kernel",
