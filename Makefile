@@ -8,7 +8,7 @@
 #             MINUTES=25: save and stop in time, exit code 3)
 # make pose   OKDHP on Leeds Sports Pose at a CPU's budget (DATA_DIR=D with joints.json and images)
 # make gpu    on a machine with a GPU: build, tests, race and memory checks, benchmarks; results go to $OUT
-#             (STAGES=build,doctor,… for some of it, MINUTES=9.5 where a machine is lent for ten)
+#             (STAGES=build,doctor,… for some of it, MINUTES=9.5 where a machine is lent for ten; docs/gpu.md)
 # make clean  the virtual environments and what they left
 
 PYTHON ?= python3
@@ -119,7 +119,7 @@ pose: $(VENV)/dev
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES)) $(if $(OUT),--out $(OUT)) \
-		$(if $(MINUTES),--minutes $(MINUTES))
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(BUNDLE),--bundle)
 
 clean:
 	rm -rf $(VENV) $(BARE) $(OLDEST) build dist *.egg-info fflfast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from fflfast.streams import streams_of
+
 from . import report
 from .floor import copy_rate, matrix_rate
 from .measure import DeviceClock, Times, host_clock
@@ -66,14 +68,12 @@ def _launches(device: torch.device) -> dict[str, Times]:
         host.append(host_clock(row) / KERNELS)
         torch.cuda.synchronize(device)
     clock = DeviceClock(sum(host) / ROUNDS * KERNELS)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        row()
-    graph.replay()
+    replay = streams_of(number.device).record(row)
+    replay()
     return {
         "launch, host": Times.of(host),
         "launch, device": Times.of([clock(row) / KERNELS for _ in range(ROUNDS)]),
-        "launch in a graph, device": Times.of([clock(graph.replay) / KERNELS for _ in range(ROUNDS)]),
+        "launch in a graph, device": Times.of([clock(replay) / KERNELS for _ in range(ROUNDS)]),
     }
 
 

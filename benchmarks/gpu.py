@@ -1,19 +1,22 @@
 """Everything that needs a GPU, in one command: build, doctor, tests, memory and race checks, benchmarks.
 
-    python benchmarks/gpu.py [--out FOLDER] [--stages build,doctor,…] [--minutes 30]
+    python benchmarks/gpu.py [--out FOLDER] [--stages build,doctor,…] [--minutes 30] [--wheels FOLDER] [--bundle]
 
-The stages: build, doctor; of the loss tests, memcheck, racecheck, bench; of the fusion the same as fusion-tests,
-fusion-memcheck, fusion-racecheck, fusion-bench; device, what it reaches at best; augment-bench; step-share, what loss
-and fusion take of a whole training step; of the execution plans and the trainer execution-tests (with those of the
-augmentation), train, alternatives and timeline. With a machine for ten minutes at a time, run them in some calls:
---minutes 9.5 and some of the stages each.
+The stages: build; doctor and doctor-triton; of the loss tests, memcheck, racecheck, bench; of the fusion the same as
+fusion-tests, fusion-memcheck, fusion-racecheck, fusion-bench; device, what it reaches at best; augment-bench;
+step-share, what loss and fusion take of a whole training step; of the execution plans and the trainer execution-tests
+(with those of the augmentation), method-tests, train, alternatives and timeline; large-tests, beyond 2³¹ numbers. With
+a machine for ten minutes at a time, run them in some calls: --minutes 9.5 and some of the stages each.
 
-Needs torch and numpy, pytest for the tests, and nvcc where the CUDA library is not built yet; no network, and fflfast
-need not be installed. Each stage has a time limit, and one that fails does not stop the next. The folder of the results
+Needs torch and numpy, pytest for the tests (which pytest-xdist spreads over the cores: most of their time is Triton's
+compiler), what the extra [train] installs for whole steps, and nvcc where the CUDA library is not built yet; no
+network, and fflfast need not be installed: packages that the machine lacks are installed from the wheels in --wheels.
+Each stage has a time limit, and one that fails does not stop the next. The folder of the results
 (default: $OUT, else benchmarks/results/DEVICE) gets gpu.log with all output, gpu.md with the outcome of each stage,
 doctor.txt, and the files of `benchmarks.loss`, `benchmarks.fusion` (fusion.md ends with each target, met or missed, and
 by how much), `benchmarks.device`, `benchmarks.augment`, `benchmarks.step_share`, `benchmarks.train`,
-`benchmarks.train.alternatives` and `benchmarks.train.timeline`. Exit code 0 when every stage passed.
+`benchmarks.train.alternatives` and `benchmarks.train.timeline`; with --bundle it gets them as one results.tar.gz,
+written anew after each stage. Exit code 0 when every stage passed.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -41,9 +47,15 @@ FUSION_TESTS = (
     "test_fusion_composition.py",
     "test_fuse_features.py",
 )
-# Whatever needs a GPU for the trainer: plans against serial, races, host synchronisation, prefetching.
-EXECUTION_TESTS = tuple(sorted(path.name for path in (ROOT / "tests").glob("test_gpu_*.py")))
+METHOD_TESTS = ("test_gpu_methods.py", "test_gpu_pose.py")
+LARGE_TESTS = ("test_gpu_large.py",)
+# Whatever else needs a GPU: plans against serial, races, host synchronisation, prefetching, several processes.
+EXECUTION_TESTS = tuple(
+    sorted({path.name for path in (ROOT / "tests").glob("test_gpu_*.py")}.difference(METHOD_TESTS, LARGE_TESTS))
+)
 PYTHON = [sys.executable, "-u"]
+# Seconds that a stage at its limit has for saying what it knows.
+GRACE = 10.0
 
 
 @dataclass
@@ -89,6 +101,9 @@ class Run:
             code: int | None = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             code = None
+            os.killpg(process.pid, signal.SIGINT)  # pytest then prints what failed so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # the group: pytest, nvcc and checkers have children
@@ -101,6 +116,13 @@ class Run:
         if code is None:
             return f"stopped after {limit:.0f} s"
         return "passed" if code == 0 else f"failed (exit code {code})"
+
+    def add_packages(self, wheels: Path) -> None:
+        """Install wheels, without their dependencies and without a network, where this run's commands find them."""
+        target = tempfile.mkdtemp(prefix="fflfast-packages-")
+        pip = [*PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target]
+        self.say(f"packages: {self.command([*pip, *map(str, sorted(wheels.resolve().glob('*.whl')))], 120)}")
+        self.environment["PYTHONPATH"] += os.pathsep + target
 
 
 Stage = Callable[[Run], str]
@@ -132,18 +154,24 @@ def build(run: Run) -> str:
     return f"built for {arch}" if loads == "passed" else f"built for {arch}, but it does not load"
 
 
-def doctor(run: Run) -> str:
-    return run.command([*PYTHON, "-m", "fflfast", "doctor", "--device", "cuda"], 200, run.out / "doctor.txt")
+def _doctor(backend: str, limit: float, file: str) -> Stage:
+    def doctor(run: Run) -> str:
+        command = [*PYTHON, "-m", "fflfast", "doctor", "--device", "cuda", "--backend", backend]
+        return run.command(command, limit, run.out / file)
+
+    return doctor
 
 
-def _tests(names: Sequence[str], limit: float) -> Stage:
+def _tests(names: Sequence[str], limit: float, *, spread: bool = False) -> Stage:
     def tests(run: Run) -> str:
         if run.command(_python("import pytest"), 60) != "passed":
             return "skipped: pytest is not installed"
         files = [f"tests/{name}" for name in names if (ROOT / "tests" / name).exists()]
         required = os.environ.get("FFLFAST_TEST_BACKENDS", "reference cuda triton")
+        workers = str(min(12, os.cpu_count() or 1))
+        many = ["--numprocesses", workers] if spread and run.command(_python("import xdist"), 60) == "passed" else []
         return run.command(
-            [*PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", *files], limit,
+            [*PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", *many, *files], limit,
             FFLFAST_TEST_DEVICE="cuda", FFLFAST_TEST_BACKENDS=required,
         )  # fmt: skip
 
@@ -189,9 +217,9 @@ def _trained(name: str, limit: float) -> Stage:
 
 STAGES: dict[str, Stage] = {
     "build": build,
-    "doctor": doctor,
-    "tests": _tests(LOSS_TESTS, 150),
-    "fusion-tests": _tests(FUSION_TESTS, 300),
+    "doctor": _doctor("cuda", 120, "doctor.txt"),
+    "tests": _tests(LOSS_TESTS, 200, spread=True),
+    "fusion-tests": _tests(FUSION_TESTS, 300, spread=True),
     "memcheck": _checked("memcheck", "distill_loss", 75),
     "racecheck": _checked("racecheck", "distill_loss", 75),
     "fusion-memcheck": _checked("memcheck", "fuse_features", 150),
@@ -200,11 +228,14 @@ STAGES: dict[str, Stage] = {
     "bench": _benchmark("loss", 280),
     "fusion-bench": _benchmark("fusion", 500),
     "augment-bench": _benchmark("augment", 280),
-    "step-share": _benchmark("step_share", 120),
+    "step-share": _trained("step_share", 120),
     "execution-tests": _tests(EXECUTION_TESTS, 300),
+    "method-tests": _tests(METHOD_TESTS, 300, spread=True),
+    "large-tests": _tests(LARGE_TESTS, 150),
     "train": _trained("train", 560),
-    "alternatives": _trained("train.alternatives", 150),
+    "alternatives": _benchmark("train.alternatives", 150),
     "timeline": _trained("train.timeline", 300),
+    "doctor-triton": _doctor("triton", 300, "doctor-triton.txt"),
 }
 
 
@@ -222,6 +253,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--stages", default=",".join(STAGES), help="which, with commas between (default: all)")
     parser.add_argument("--minutes", type=float, default=30, help="for all stages together (default: 30)")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to install, into a folder for this run alone")
+    parser.add_argument("--bundle", action="store_true", help="leave one results.tar.gz instead of files")
     options = parser.parse_args()
     chosen = [name for name in options.stages.split(",") if name]
     if unknown := [name for name in chosen if name not in STAGES]:
@@ -234,12 +267,15 @@ def main() -> int:
         )
         return 1
     folder = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-    out = (options.out or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / folder)).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    kept = (options.out or Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / folder)).resolve()
+    kept.mkdir(parents=True, exist_ok=True)
+    out = Path(tempfile.mkdtemp(prefix="fflfast-gpu-")) if options.bundle else kept
     outcomes: list[Outcome] = []
     with (out / "gpu.log").open("w+", encoding="utf-8", errors="replace") as log:
         run = Run(out, options.minutes, log)
         run.say(name)
+        if options.wheels is not None:
+            run.add_packages(options.wheels)
         for stage in chosen:
             start = time.monotonic()
             run.say(f"\n==== {stage}")
@@ -250,8 +286,18 @@ def main() -> int:
             outcomes.append(Outcome(stage, result, time.monotonic() - start))
             run.say(f"==== {stage}: {result} ({outcomes[-1].seconds:.0f} s)")
             _write_summary(out / "gpu.md", name, outcomes)
+            if options.bundle:
+                _bundle(out, kept / "results.tar.gz")
         run.say("\n" + (out / "gpu.md").read_text(encoding="utf-8"))
     return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+def _bundle(folder: Path, archive: Path) -> None:
+    """Pack what is there by now; the archive before stays whole until the new one is."""
+    fresh = archive.with_suffix(".new")
+    with tarfile.open(fresh, "w:gz") as packed:
+        packed.add(folder, arcname="results")
+    fresh.replace(archive)
 
 
 def _write_summary(path: Path, device: str, outcomes: list[Outcome]) -> None:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fflfast.streams import streams_of
+
 from .calls import Call, context
 
 __all__ = [
@@ -205,22 +207,17 @@ def measure_graph(call: Call, sets: Sequence[Data], *, replays: int = 50) -> Tim
     def run() -> list[tuple[Tensor, ...]]:
         return [gradients(call, data) for data in sets]
 
+    streams = streams_of(sets[0].leaves[0].device)
     try:
         with context(call):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with streams.aside():
                 run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                kept = run()
+            replay = streams.record(run)
     except Exception as error:  # a refused capture is a result too: a synchronising peer has no time in a graph
         print(f"  not capturable: {str(error).splitlines()[0][:120]}")
         return None
     clock = DeviceClock(1e-4)
-    samples = [clock(graph.replay) / len(sets) for _ in range(replays)]
-    del kept
+    samples = [clock(replay) / len(sets) for _ in range(replays)]
     return Times.of(samples[replays // 5 :])
 
 

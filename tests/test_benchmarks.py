@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,42 @@ def test_gpu_stages_do_not_stop_each_other(monkeypatch, tmp_path):
     assert all(word in log for word in ("fine", "wrong", "started", "==== slow: stopped after 2 s"))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--stages", "good,last", "--minutes", "1"])
     assert gpu.main() == 0
+
+
+def test_gpu_leaves_one_archive_and_uses_the_wheels_it_was_given(monkeypatch, tmp_path):
+    gpu = module("gpu")
+    with zipfile.ZipFile(tmp_path / "peer_of_ours-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer_of_ours.py", "WORD = 'imported from the wheel'")
+        wheel.writestr(
+            "peer_of_ours-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(
+            "peer_of_ours-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: peer-of-ours\nVersion: 1.0\n"
+        )
+        wheel.writestr("peer_of_ours-1.0.dist-info/RECORD", "")
+    # A stage at its limit is asked to end before it is ended, and what it says then is kept.
+    slow = (
+        "import peer_of_ours, time\nprint(peer_of_ours.WORD, flush=True)\n"
+        "try: time.sleep(60)\nfinally: print('in the end')"
+    )
+    monkeypatch.setattr(gpu, "STAGES", {"slow": lambda run: run.command([sys.executable, "-c", slow], 10)})
+    monkeypatch.setattr(gpu, "_device", lambda: "Some GPU (1)")
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), "--wheels", str(tmp_path), "--bundle"])
+    assert gpu.main() == 1
+    assert [path.name for path in out.iterdir()] == ["results.tar.gz"]
+    with tarfile.open(out / "results.tar.gz") as packed:
+        read = {name: packed.extractfile(f"results/{name}").read().decode() for name in ("gpu.log", "gpu.md")}
+    assert "imported from the wheel" in read["gpu.log"]
+    assert "in the end" in read["gpu.log"]
+    assert "| slow | stopped after 10 s |" in read["gpu.md"]
+
+
+def test_every_gpu_test_file_has_a_stage():
+    gpu = module("gpu")
+    files = {path.name for path in (ROOT / "tests").glob("test_gpu_*.py")}
+    assert {*gpu.EXECUTION_TESTS, *gpu.METHOD_TESTS, *gpu.LARGE_TESTS} == files
+    assert all((ROOT / "tests" / name).exists() for name in (*gpu.LOSS_TESTS, *gpu.FUSION_TESTS))
 
 
 def test_sanitize_runs_every_kernel(monkeypatch, capsys):
