@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from . import report
 from .calls import Call, Variant, context
 from .measure import Data, Times, engine_only, measure_graph, measure_host, measure_times, one_pass
+from .options import arguments, keep_table, results, usable_device
 
 __all__ = ["Benchmark", "Case", "run"]
 
@@ -153,13 +153,7 @@ def measure_case(
 def run(benchmark: Benchmark) -> int:
     """Parse the command line, measure, write the files; returns the exit code."""
     command = f"benchmarks.{benchmark.name}"
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {command}",
-        description=benchmark.about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/DEVICE)")
+    parser = arguments(benchmark.name, benchmark.about)
     parser.add_argument("--case", action="append", help="a part of a case's name; may be given again")
     parser.add_argument("--variant", action="append", help="a variant by name; may be given again")
     parser.add_argument("--time", type=float, default=1.0, help="factor on the time that is spent (default: 1)")
@@ -168,11 +162,10 @@ def run(benchmark: Benchmark) -> int:
     if options.table is not None:
         print(benchmark.tables(report.read(options.table)))
         return 0
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"{command}: no CUDA device; --device cpu measures the CPU", file=sys.stderr)
+    device = usable_device(benchmark.name, options)
+    if device is None:
         return 1
-    file = (options.out or report.folder(device)) / f"{benchmark.name}.csv"
+    file = results(options, device, benchmark.name)
     made = report.provenance(device, command)
     rows: list[dict[str, Any]] = []
     for case in benchmark.cases(device):
@@ -192,12 +185,9 @@ def run(benchmark: Benchmark) -> int:
     if not rows:
         print(f"{command}: no case of that name", file=sys.stderr)
         return 1
-    kept = report.read(file)
-    text = benchmark.tables(kept)
-    file.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    keep_table(file, benchmark.tables)
     try:
-        benchmark.plot(kept, file.with_suffix(".png"))
+        benchmark.plot(report.read(file), file.with_suffix(".png"))
     except ImportError:
         print("matplotlib is not installed: no plot")
-    print(text)
     return 0

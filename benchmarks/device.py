@@ -15,10 +15,7 @@ and device.md.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -27,6 +24,7 @@ from fflfast.streams import streams_of
 from . import report
 from .floor import copy_rate, matrix_rate
 from .measure import DeviceClock, Times, host_clock
+from .options import arguments, keep_table, results, usable_device
 from .report import MADE
 
 __all__ = ["FIELDS", "figures", "main", "table"]
@@ -89,24 +87,15 @@ def table(rows: list[report.Row]) -> str:
 
 def main() -> int:
     """Measure, write the files; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.device", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/DEVICE)")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.device: no CUDA device; --device cpu measures the CPU", file=sys.stderr)
+    options = arguments("device", __doc__).parse_args()
+    device = usable_device("device", options)
+    if device is None:
         return 1
     made = report.provenance(device, "benchmarks.device")
-    rows = []
-    for figure, value, unit in figures(device):
-        print(f"{figure}: {value:.4g} {unit}", flush=True)
-        rows.append({"figure": figure, "value": value, "unit": unit, **made})
-    file = (options.out or report.folder(device)) / "device.csv"
+    file = results(options, device, "device")
+    rows = [{"figure": figure, "value": value, "unit": unit, **made} for figure, value, unit in figures(device)]
     report.write(file, rows, FIELDS)
-    file.with_suffix(".md").write_text(table(report.read(file)) + "\n", encoding="utf-8")
+    keep_table(file, table)
     return 0
 
 

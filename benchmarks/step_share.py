@@ -13,13 +13,10 @@ Writes step_share.csv and step_share.md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -37,6 +34,7 @@ from fflfast.training.build import build_learner
 from fflfast.training.step import TrainStep
 
 from . import report
+from .options import arguments, keep_table, results, usable_device
 from .report import MADE
 
 __all__ = ["PARTS", "Setup", "main", "profiled_step"]
@@ -224,13 +222,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_share",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/DEVICE)")
+    parser = arguments("step_share", __doc__)
     parser.add_argument("--steps", type=int, default=15, help="profiled steps of each configuration (default: 15)")
     parser.add_argument("--batch", type=int, default=128, help="images in a step (default: 128)")
     parser.add_argument("--arch", default="resnet32", help="of both sub-networks (default: resnet32)")
@@ -238,9 +230,8 @@ def main() -> int:
         "--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="as fflfast train has it"
     )
     options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.step_share: no CUDA device; --device cpu measures the CPU", file=sys.stderr)
+    device = usable_device("step_share", options)
+    if device is None:
         return 1
     setups = [
         setup(layout, backend, device, options.arch, options.batch, options.amp)
@@ -254,11 +245,9 @@ def main() -> int:
         for one in setups:
             one.samples.append(profiled_step(one))
     made = report.provenance(device, "benchmarks.step_share")
-    file = (options.out or report.folder(device)) / "step_share.csv"
+    file = results(options, device, "step_share")
     report.write(file, [{**row, **made} for one in setups for row in rows_of(one)], FIELDS)
-    text = table(report.read(file))
-    file.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    keep_table(file, table)
     return 0
 
 

@@ -8,19 +8,17 @@ The same measurement as `fflfast bench train` on fixed cases; see fflfast/bench.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fflfast.bench import Result, measure
 from fflfast.bench.report import dtype_of, layout_of
 from fflfast.training import ConfigError, resolve
 
 from .. import report
+from ..options import arguments, keep_table, results, usable_device
 from ..report import MADE
 from .cases import Case, cases
 
@@ -113,11 +111,7 @@ def _goals(rows: list[dict[str, str]]) -> Iterator[str]:
 
 def main() -> int:
     """Measure every case that is asked for and keep the rows; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/DEVICE)")
+    parser = arguments("train", __doc__)
     parser.add_argument("--case", action="append", help="a part of a case's name; may be given again")
     parser.add_argument("--variants", help="some of naive,serial,streams,graph,floor (default: all that run here)")
     parser.add_argument("--steps", type=int, help="timed steps of each variant (default: by case)")
@@ -126,11 +120,10 @@ def main() -> int:
     if options.table is not None:
         print(table(report.read(options.table)))
         return 0
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.train: no CUDA device; --device cpu measures the CPU", file=sys.stderr)
+    device = usable_device("train", options)
+    if device is None:
         return 1
-    file = (options.out or report.folder(device)) / "train.csv"
+    file = results(options, device, "train")
     made = report.provenance(device, "benchmarks.train")
     variants = None if options.variants is None else options.variants.split(",")
     rows: list[dict[str, Any]] = []
@@ -151,9 +144,7 @@ def main() -> int:
     if not rows:
         print("benchmarks.train: nothing was measured", file=sys.stderr)
         return 1
-    text = table(report.read(file))
-    file.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    keep_table(file, table)
     return 0
 
 

@@ -17,13 +17,10 @@ alternatives.md.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +32,7 @@ from fflfast import models
 
 from .. import memory, report
 from ..measure import gradients, measure_times
+from ..options import arguments, keep_table, results, usable_device
 from ..report import MADE, TIMES
 
 __all__ = ["Data", "Tail", "main", "make", "tails"]
@@ -279,32 +277,23 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def main() -> int:
     """Measure, keep the rows, print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train.alternatives",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/DEVICE)")
+    parser = arguments("train.alternatives", __doc__)
     parser.add_argument("--arch", default="resnet32", help="a CIFAR ResNet (default: resnet32)")
     parser.add_argument("--batch", type=int, default=128, help="images (default: 128)")
     parser.add_argument("--budget", type=float, default=20, help="seconds for each case (default: 20)")
     options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.train.alternatives: no CUDA device; --device cpu measures the CPU", file=sys.stderr)
+    device = usable_device("train.alternatives", options)
+    if device is None:
         return 1
     made = report.provenance(device, "benchmarks.train.alternatives")
-    file = (options.out or report.folder(device)) / "alternatives.csv"
+    file = results(options, device, "alternatives")
     rows: list[dict[str, Any]] = []
     for count in (2, 4):
         for amp in ("off", "bf16"):
             found = measured(count, amp, device, options.arch, options.batch, options.budget)
             rows += [{**row, **made} for row in found]
             report.write(file, rows, FIELDS)
-    text = table(report.read(file))
-    file.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    keep_table(file, table)
     return 0
 
 

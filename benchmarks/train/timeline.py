@@ -18,7 +18,6 @@ Writes timeline.csv, timeline.md and timeline-CASE.png. Needs matplotlib for the
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -42,6 +41,7 @@ from fflfast.training import ConfigError, resolve
 
 from .. import report
 from ..measure import Times
+from ..options import arguments, keep_table, results
 from ..report import MADE
 from .cases import Case, cases
 from .timeline_picture import Panel, draw
@@ -222,13 +222,7 @@ def _drawn(file: Path, case: Case, panels: list[Panel], device: str) -> str:
 
 def main() -> int:
     """Record every case that is asked for under each plan; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train.timeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", default="cuda", help="cuda or cuda:N (default: cuda)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/DEVICE)")
+    parser = arguments("train.timeline", __doc__, device="cuda")
     parser.add_argument("--case", action="append", help="a part of a case's name; may be given again")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -236,7 +230,7 @@ def main() -> int:
         reason = "no CUDA device" if device.type == "cuda" else f"{options.device} has no streams; take --device cuda"
         print(f"benchmarks.train.timeline: {reason}", file=sys.stderr)
         return 1
-    file = (options.out or report.folder(device)) / "timeline.csv"
+    file = results(options, device, "timeline")
     file.parent.mkdir(parents=True, exist_ok=True)
     made = report.provenance(device, "benchmarks.train.timeline")
     rows: list[dict[str, Any]] = []
@@ -257,9 +251,7 @@ def main() -> int:
     if not rows:
         print("benchmarks.train.timeline: no case of that name", file=sys.stderr)
         return 1
-    text = table(report.read(file))
-    file.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    keep_table(file, table)
     return 0 if any("step_ms" in row for row in rows) else 1
 
 
