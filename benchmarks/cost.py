@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fflfast import methods, models
 from fflfast.bench import measure
 from fflfast.training import ConfigError, TrainConfig, resolve
@@ -30,6 +28,7 @@ from fflfast.training.build import open_bundle
 
 from . import matrix, report
 from .matrix import CLASSIFICATION, Document
+from .options import arguments, results, usable_device
 from .report import MADE
 
 __all__ = ["FIELDS", "main", "run", "table"]
@@ -96,17 +95,13 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 
 def main() -> int:
     """Measure the methods that are asked for; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments("cost", __doc__)
     parser.add_argument("--only", help=f"methods, of {','.join(CLASSIFICATION)} (default: all)")
     parser.add_argument("--arch", default="resnet32", help="of every network (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"), help="default: off")
     parser.add_argument("--plan", default="serial", choices=("serial", "streams", "graph"), help="default: serial")
-    parser.add_argument("--out", type=Path, help="folder of cost.csv (default: benchmarks/results/DEVICE)")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help="to write (default: docs/methods.md)")
     parser.set_defaults(data="synthetic")
     options = parser.parse_args()
@@ -115,9 +110,11 @@ def main() -> int:
 
 def run(options: argparse.Namespace, names: Sequence[str]) -> int:
     """Do what `main` was asked for."""
-    device = torch.device(options.device)
+    device = usable_device("cost", options)
+    if device is None:
+        return 1
     document = Document(options.document, "cost")
-    file = (options.out or report.folder(device)) / "cost.csv"
+    file = results(options, device, "cost")
     made = report.provenance(device, "benchmarks.cost")
     kept = {row["method"]: row for row in report.read(file)} if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import pytest
+import torch
 from test_benchmark_methods import finished
 from test_benchmarks import ROOT, module, on_path  # noqa: F401 (a fixture)
 
@@ -152,3 +154,12 @@ def test_a_method_that_was_not_measured_says_why():
     cost = module("cost")
     row = dict.fromkeys(cost.FIELDS, "1") | {"method": "mcl_okd", "arch": "a a", "not_measured": "no room"}
     assert "| `mcl_okd` | a a | not measured: no room | – |" in cost.table([row])
+
+
+def test_costs_on_a_device_that_is_not_here(monkeypatch, tmp_path, capsys):
+    cost = module("cost")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["cost", "--device", "cuda", "--out", str(tmp_path / "out")])
+    assert cost.main() == 1
+    assert capsys.readouterr().err == "benchmarks.cost: no CUDA device; --device cpu measures the CPU\n"
+    assert not (tmp_path / "out").exists()
